@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+PYTEST_ARGS ?=
 PY = $(VENV)/bin/python
 
 .PHONY: train test check peers format clean
@@ -17,7 +18,7 @@ train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
 
 test: $(VENV)/.installed
-	$(PY) -m pytest -q -n 2 --dist loadgroup
+	$(PY) -m pytest -q -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 check: $(VENV)/.installed
 	$(PY) -m ruff format --check .
