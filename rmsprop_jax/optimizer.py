@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax import _checks, rounding, storage
-from rmsprop_jax.transform import dtype_of, narrow, scale_by_rms, wide
+from rmsprop_jax.transform import dtype_of, full_like, narrow, scale_by_rms, wide
 
 
 def rmsprop(
@@ -151,10 +151,11 @@ def _trace(decay, nesterov, dtype):
     inner = optax.trace(decay, nesterov)
 
     def init_fn(params):
-        def kept(x):
-            return x if dtype is None or jnp.iscomplexobj(x) else x.astype(dtype)
+        def zeros(p):
+            own = wide(dtype_of(p))
+            return full_like(p, 0, own if dtype is None or jnp.iscomplexobj(p) else dtype)
 
-        return jax.tree.map(kept, _widen(inner.init(params)))
+        return optax.TraceState(jax.tree.map(zeros, params))
 
     def update_fn(updates, state, params=None, *, rms_count, **extra_args):
         del extra_args

@@ -65,7 +65,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax import _checks, optimizer
-from rmsprop_jax.transform import dtype_of, leaf_name, leaves_that_fit, narrow, wide
+from rmsprop_jax.transform import dtype_of, full_like, leaf_name, leaves_that_fit, narrow, wide
 
 if TYPE_CHECKING:
     from jax.experimental import sparse
@@ -240,8 +240,8 @@ def rmsprop(
                 raise ValueError(
                     f"Parameter {leaf_name(path)} is a scalar, expected a table of shape (rows, ...)."
                 )
-        last = jax.tree.map(lambda p: jnp.zeros(p.shape[:1], jnp.int32), params)
-        return RowsState(last if mode == "exact" else None, dense.init(params))
+        state = dense.init(params)
+        return RowsState(jax.tree.map(_no_updates, state[0].nu) if mode == "exact" else None, state)
 
     def update_fn(updates, state, params=None, **extra_args):
         grads = _tables_that_fit(updates, state.dense[0])
@@ -367,6 +367,12 @@ def _check_ids(tables, ids):
     except ValueError as error:
         raise ValueError(f"The tree of ids does not fit the tables': {error}") from None
     jax.tree_util.tree_map_with_path(check_dtypes, tables, ids)
+
+
+def _no_updates(nu):
+    """A zero for each row, on the row's device."""
+    column = nu[:, *[slice(0, 1)] * (nu.ndim - 1)]
+    return full_like(column.sum(axis=range(1, nu.ndim)), 0, jnp.int32)
 
 
 def _take(table, indices):

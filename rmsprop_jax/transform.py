@@ -112,13 +112,13 @@ def scale_by_rms(
 
     def init_fn(params):
         dtypes = jax.tree_util.tree_map_with_path(_accumulator_dtype, params)
-        nu = jax.tree.map(lambda p, t: jnp.full_like(p, initial_scale, dtype=_real(t)), params, dtypes)
+        nu = jax.tree.map(lambda p, t: full_like(p, initial_scale, _real(t)), params, dtypes)
         if codec is not None:
             leaves, treedef = jax.tree.flatten(nu)
             nu = jax.tree.unflatten(
                 treedef, [storage.encoded(x, codec, leaf, 0) for leaf, x in enumerate(leaves)]
             )
-        mu = jax.tree.map(lambda p, t: jnp.zeros_like(p, dtype=t), params, dtypes) if centered else None
+        mu = jax.tree.map(lambda p, t: full_like(p, 0, t), params, dtypes) if centered else None
         return ScaleByRmsState(jnp.zeros([], jnp.int32), nu, mu)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -187,6 +187,14 @@ def _rule(g, nu, mu, where, *, decay, one_minus_decay, eps, count, eps_in_sqrt, 
 def dtype_of(leaf: jax.typing.ArrayLike) -> np.dtype:
     """The dtype of a leaf, which may be an array, a `jax.ShapeDtypeStruct` or a Python number."""
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def full_like(p: jax.typing.ArrayLike, value: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`jnp.full_like`; inside jit too it has the sharding of `p`."""
+    x = jnp.full_like(p, value, dtype=dtype)
+    # In a jitted init the compiler would place a constant, and all of it on each device. It sees that this
+    # one goes with `p`, before it sees that it is a constant.
+    return jnp.where(p != p, x, x) if isinstance(p, jax.core.Tracer) else x
 
 
 @cache
