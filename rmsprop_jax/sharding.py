@@ -24,8 +24,8 @@ On a mesh with explicit axes the updates come in parts: `jax.sharding.reshard(up
     tx_in_parts = tx._replace(init=jax.jit(tx.init, out_shardings=in_parts))
     optimizer = nnx.Optimizer(model, tx_in_parts, wrt=nnx.Param)
 
-**In the host's memory.** Where the backend has pinned host memory, the state can wait there between steps, and
-crosses the bus twice in each:
+**In the host's memory.** Where the backend has pinned host memory, the state can wait there between steps,
+and crosses the bus twice in each:
 
     on_host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), in_parts)
     state = jax.jit(tx.init, out_shardings=on_host)(params)

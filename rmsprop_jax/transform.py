@@ -173,7 +173,8 @@ def _rule(g, nu, mu, where, *, decay, one_minus_decay, eps, count, eps_in_sqrt, 
         # meets the end of the codes' range, `now` keeps the bound of 1 / sqrt(1 - decay).
         nu_new = jnp.maximum(codec.decode(nu).astype(limits.dtype), now)
 
-    nu_hat = nu_new if count is None else nu_new / (1 - decay ** count.astype(limits.dtype))
+    # Times the reciprocal: XLA makes one of a division here and there, and meshes would differ in a last bit.
+    nu_hat = nu_new if count is None else nu_new * (1 / (1 - decay ** count.astype(limits.dtype)))
     # At least the smallest normal number under the root, so that no gradient is 0 / 0 or 1 / 0.
     if eps_in_sqrt:
         scale = jax.lax.rsqrt(jnp.maximum(nu_hat + eps, limits.tiny))

@@ -2,8 +2,6 @@
 
 import importlib
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
@@ -366,14 +364,6 @@ def test_from_bcoo_and_to_dense():
     np.testing.assert_array_equal(RowGradient.from_bcoo(matrix).to_dense(), dense)
     with pytest.raises(ValueError, match=r"n_batch=0 and n_sparse=1.*n_sparse=2"):
         RowGradient.from_bcoo(sparse.BCOO.fromdense(dense))
-
-
-def test_on_eight_devices():
-    """The table in shards by rows and by columns; in a process of its own, for its devices."""
-    script = Path(__file__).parent / "distributed" / "rows_on_eight_devices.py"
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["rows", "columns"]
 
 
 def test_state_goes_through_tree_map_params_and_eval_shape():

@@ -1,11 +1,7 @@
 """Accumulators in one and two bytes: unbiased, bounded, and as easy to handle as float32."""
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import chex
 import jax
@@ -277,20 +273,6 @@ def test_inside_the_wrappers_of_optax(accumulator, wrap):
     # A program of its own contracts a * b + c as it likes, which may turn a rounding: a step of the code
     np.testing.assert_allclose(trained(wrap(accumulator)), alone, atol=0.1)
     assert jnp.mean(jnp.abs(alone)) < 0.5 * jnp.mean(jnp.abs(start))
-
-
-@by_name(SMALL)
-def test_the_same_numbers_on_eight_devices(accumulator):
-    script = Path(__file__).parent / "distributed" / "storage_on_eight_devices.py"
-    done = subprocess.run(
-        [sys.executable, script, accumulator],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        cwd=script.parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["rows", "columns", "both", "explicit"]
 
 
 # Conversion.
