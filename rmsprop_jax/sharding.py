@@ -78,8 +78,8 @@ def state_sharding(
       >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
       >>> params = {"kernel": jax.ShapeDtypeStruct((64, 512), jnp.float32)}
       >>> state = sharding.state_sharding(rmsprop(1e-3), params, mesh, "data")
-      >>> print(state[0].nu["kernel"].spec, state[0].count.spec)
-      PartitionSpec(None, 'data') PartitionSpec()
+      >>> print(tuple(state[0].nu["kernel"].spec), tuple(state[0].count.spec))
+      (None, 'data') ()
 
     References:
       Rajbhandari et al., `ZeRO: Memory Optimizations Toward Training Trillion Parameter Models
