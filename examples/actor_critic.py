@@ -91,7 +91,7 @@ def loss_fn(params, observation, action, target):
 
 
 def update(tx, carry, _):
-    """ROLLOUT steps of the carts, one of the optimizer; and how many episodes ended, the sum of their returns."""
+    """ROLLOUT steps of the carts and one of the optimizer; how many episodes ended, their returns in all."""
     params, state, carts, key = carry
     key, key_act = jax.random.split(key)
     keys = jax.random.split(key_act, ROLLOUT)
