@@ -50,7 +50,7 @@ def new_state(learning_rate, steps, seed):
     schedule = warmup(optax.cosine_decay_schedule(learning_rate, steps), decay=DECAY)
     tx = optax.chain(optax.clip_by_global_norm(1.0), rmsprop(schedule, decay=DECAY))
     model = Network()
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
     return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
 

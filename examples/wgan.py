@@ -47,12 +47,14 @@ def network(outputs):
 GENERATOR, CRITIC = network(2), network(1)
 
 
+@partial(jax.jit, static_argnames="number")
 def real_points(key, number):
     key_mode, key_place = jax.random.split(key)
     mode = jax.random.randint(key_mode, (number,), 0, MODES)
     return jnp.asarray(CENTERS)[mode] + SPREAD * jax.random.normal(key_place, (number, 2))
 
 
+@partial(jax.jit, static_argnames="number")
 def made_points(generator, key, number):
     return GENERATOR.apply(generator, jax.random.normal(key, (number, NOISE)))
 
@@ -62,6 +64,16 @@ def gap(params, key):
     key_real, key_made = jax.random.split(key)
     real, made = real_points(key_real, BATCH), made_points(params["generator"], key_made, BATCH)
     return CRITIC.apply(params["critic"], real).mean() - CRITIC.apply(params["critic"], made).mean()
+
+
+def start(tx, key):
+    """Both networks, and the states of their optimizers."""
+    key_generator, key_critic = jax.random.split(key)
+    params = {
+        "generator": jax.jit(GENERATOR.init)(key_generator, jnp.zeros(NOISE)),
+        "critic": jax.jit(CRITIC.init)(key_critic, jnp.zeros(2)),
+    }
+    return params, {name: tx[name].init(params[name]) for name in params}
 
 
 def step(name, tx, params, states, key):
@@ -127,20 +139,17 @@ def draw(path, history, gaps, between_real):
 def main(argv=None):
     parser = parser_for(__doc__, "wgan.png")
     parser.add_argument("--updates", type=at_least(20), default=10_000, help="of the generator")
-    parser.add_argument(
-        "--learning-rate", type=at_least(0.0, float), default=5e-4, help="of both, at the start"
-    )
+    parser.add_argument("--learning-rate", type=at_least(0.0, float), default=5e-4, help="of both networks")
     parser.add_argument("--clip", type=at_least(0.0, float), default=0.1, help="largest weight of the critic")
     parser.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args(argv)
 
-    key_generator, key_critic, key_run, key_look = jax.random.split(jax.random.key(args.seed), 4)
-    params = {
-        "generator": GENERATOR.init(key_generator, jnp.zeros(NOISE)),
-        "critic": CRITIC.init(key_critic, jnp.zeros(2)),
+    key_start, key_run, key_look = jax.random.split(jax.random.key(args.seed), 3)
+    tx = {
+        "generator": conventions.torch(lr=args.learning_rate),
+        "critic": conventions.torch(lr=args.learning_rate, maximize=True),
     }
-    tx = {name: conventions.torch(lr=args.learning_rate, maximize=name == "critic") for name in params}
-    carry = params, {name: tx[name].init(params[name]) for name in params}
+    carry = start(tx, key_start)
     scan = jax.jit(partial(jax.lax.scan, partial(update, tx, args.clip)), donate_argnums=0)
     chunk = args.updates // 20
     others, more = (np.asarray(real_points(key, 1000)) for key in jax.random.split(key_look))
