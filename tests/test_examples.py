@@ -1,15 +1,11 @@
 """The examples, shortened: that they learn, draw, print what they promise, and resume exactly."""
 
-import contextlib
-import importlib
-import io
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +13,11 @@ import pytest
 pytest.importorskip("flax", reason="the examples' extra is not installed")
 
 import jax
-import matplotlib.image
 import orbax.checkpoint as ocp
+from shortened import EXAMPLES, assert_drawn, run
 
 pytestmark = pytest.mark.xdist_group("examples")  # one process: they share a reference run
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = 160
 SHORT = (
     f"--steps={STEPS}",
@@ -33,20 +28,6 @@ SHORT = (
     "--sample=50",
     "--decay=0.9",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield
-
-
-def run(example, *args):
-    """What the example prints, run in this process."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        importlib.import_module(example).main([*map(str, args)])
-    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +66,6 @@ def last_checkpoint(out):
         restored = manager.restore(STEPS, args=args)
     arrays = {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(restored.state)}
     return arrays, {name: x for name, x in restored.about["history"].items() if name != "seconds"}
-
-
-def assert_drawn(path):
-    """The picture is there, and is more than a blank sheet."""
-    pixels = matplotlib.image.imread(path)[..., :3]
-    assert min(pixels.shape[:2]) > 300
-    assert 0.01 < np.mean(pixels.min(axis=2) < 0.9) < 0.5
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,180 @@
+"""How do I train two networks against each other, and why did the Wasserstein GAN choose RMSProp?
+
+A generator learns to draw points from eight Gaussians on a circle. A critic, its weights clipped to [-c,
+c], scores points so that real ones get more than generated ones; the gap between the two is the Wasserstein
+distance, times a constant of the critic's. Each network has its own `conventions.torch(lr)`, the critic's
+climbs:
+
+    python examples/wgan.py
+
+Weights this small make gradients small: with the paper's c = 0.01 (Arjovsky et al., 2017) those of the
+generator are about 1e-5 here. RMSProp's steps have the size of the learning rate all the same, and it has
+no momentum, which the paper found unstable where the opponent moves. The paper's rate of 5e-5 crosses the
+clipped range in 400 steps. Small networks are in more of a hurry: here both numbers are ten times as large,
+the same 400 steps, and the rates fall to 0, so that it settles. After 10,000 updates 86 to 90% of the
+points (three seeds) lie on the Gaussians, within three standard deviations of a centre, and on all of them
+alike; with the paper's numbers, about 40%.
+
+Half a minute on two cores. The picture has points on the way, and the gap beside the true distance.
+"""
+
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _options import at_least, parser_for
+from _pictures import save_figure
+from flax import linen as nn
+from matplotlib.figure import Figure
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from tqdm import trange
+
+from rmsprop_jax import conventions
+
+MODES, SPREAD = 8, 0.1
+NOISE, BATCH, CRITIC_STEPS = 4, 128, 5
+ANGLES = 2 * np.pi * np.arange(MODES) / MODES
+CENTERS = 2.0 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)
+
+
+def network(outputs, use_bias):
+    last = nn.Dense(outputs, use_bias=use_bias)
+    return nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, last])
+
+
+GENERATOR, CRITIC = network(2, True), network(1, False)  # a bias of all scores would not change the gap
+
+
+@partial(jax.jit, static_argnames="number")
+def real_points(key, number):
+    key_mode, key_place = jax.random.split(key)
+    mode = jax.random.randint(key_mode, (number,), 0, MODES)
+    return jnp.asarray(CENTERS)[mode] + SPREAD * jax.random.normal(key_place, (number, 2))
+
+
+@partial(jax.jit, static_argnames="number")
+def made_points(generator, key, number):
+    return GENERATOR.apply(generator, jax.random.normal(key, (number, NOISE)))
+
+
+def gap(params, key):
+    """By how much the critic scores real points higher than generated ones."""
+    key_real, key_made = jax.random.split(key)
+    real, made = real_points(key_real, BATCH), made_points(params["generator"], key_made, BATCH)
+    return CRITIC.apply(params["critic"], real).mean() - CRITIC.apply(params["critic"], made).mean()
+
+
+def start(tx, key):
+    """Both networks, and the states of their optimizers."""
+    key_generator, key_critic = jax.random.split(key)
+    params = {
+        "generator": jax.jit(GENERATOR.init)(key_generator, jnp.zeros(NOISE)),
+        "critic": jax.jit(CRITIC.init)(key_critic, jnp.zeros(2)),
+    }
+    return params, {name: tx[name].init(params[name]) for name in params}
+
+
+def step(name, tx, params, states, key):
+    """One step of one of the networks."""
+    value, gradients = jax.value_and_grad(lambda own: gap(params | {name: own}, key))(params[name])
+    updates, state = tx[name].update(gradients, states[name], params[name])
+    return params | {name: optax.apply_updates(params[name], updates)}, states | {name: state}, value
+
+
+def update(tx, clip, carry, key):
+    """Some steps of the critic, then one of the generator; and the gap."""
+
+    def critic_step(carry, key):
+        params, states, _ = step("critic", tx, *carry, key)
+        critic = jax.tree.map(lambda w: jnp.clip(w, -clip, clip), params["critic"])
+        return (params | {"critic": critic}, states), None
+
+    *keys, key = jax.random.split(key, CRITIC_STEPS + 1)
+    carry, _ = jax.lax.scan(critic_step, carry, jnp.stack(keys))
+    params, states, value = step("generator", tx, *carry, key)
+    return (params, states), value
+
+
+def shares(points):
+    """The share of the points within three standard deviations of each of the Gaussians' centres."""
+    return (cdist(points, CENTERS) < 3 * SPREAD).mean(axis=0)
+
+
+def distance(points, others):
+    """The Wasserstein distance of two sets of as many points: the mean way, when they are paired best."""
+    ways = cdist(points, others)
+    return ways[linear_sum_assignment(ways)].mean()
+
+
+def draw(path, history, gaps, between_real):
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    done, samples, distances = zip(*history, strict=True)
+    shown = np.unique(np.searchsorted(done, np.array([0, 0.05, 0.1, 0.25, 1]) * done[-1]))
+    for axes, i in zip(above.subplots(1, len(shown), sharex=True, sharey=True), shown, strict=True):
+        axes.plot(*CENTERS.T, "o", ms=14, color="tab:orange", alpha=0.35, mew=0)
+        axes.plot(*samples[i].T, ".", ms=1.5, color="tab:blue")
+        axes.set(title=f"{done[i]:,} updates: {shares(samples[i]).sum():.0%}", aspect="equal")
+        axes.set(xlim=(-3, 3), ylim=(-3, 3))
+    axes = below.subplots()
+    axes.plot(np.arange(1, len(gaps) + 1), gaps, color="tab:blue", lw=0.4, alpha=0.3)
+    means = [gaps[a:b].mean() for a, b in pairwise(done)]
+    axes.plot(done[1:], means, color="tab:blue", label="the critic's gap, times a constant of its own")
+    axes.plot(
+        done,
+        distances,
+        "o-",
+        ms=4,
+        color="tab:orange",
+        label="true, between 1,000 points and 1,000 real ones",
+    )
+    axes.axhline(between_real, color="0.4", ls="--", lw=1, label="the same between real ones and real ones")
+    axes.set(xlabel="updates of the generator", ylabel="distance", yscale="log", ylim=(1e-3, 3))
+    axes.legend(frameon=False, ncols=3, loc="upper right")
+    save_figure(figure, path)
+
+
+def main(argv=None):
+    parser = parser_for(__doc__, "wgan.png")
+    parser.add_argument("--updates", type=at_least(20), default=10_000, help="of the generator")
+    parser.add_argument("--learning-rate", type=at_least(0.0, float), default=5e-4, help="at first")
+    parser.add_argument("--clip", type=at_least(0.0, float), default=0.1, help="largest weight of the critic")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    args = parser.parse_args(argv)
+
+    key_start, key_run, key_look = jax.random.split(jax.random.key(args.seed), 3)
+    falling = partial(optax.linear_schedule, args.learning_rate, 0.0)
+    tx = {
+        "generator": conventions.torch(lr=falling(args.updates)),
+        "critic": conventions.torch(lr=falling(CRITIC_STEPS * args.updates), maximize=True),
+    }
+    carry = start(tx, key_start)
+    scan = jax.jit(partial(jax.lax.scan, partial(update, tx, args.clip)), donate_argnums=0)
+    chunk = args.updates // 20
+    others, more = (np.asarray(real_points(key, 1000)) for key in jax.random.split(key_look))
+
+    def look(done):
+        points = np.asarray(made_points(carry[0]["generator"], jax.random.fold_in(key_look, 1), 1000))
+        return done, points, distance(points, others)
+
+    history, gaps = [look(0)], []
+    progress = trange(20, unit=f"{chunk} updates")
+    for i in progress:
+        carry, values = scan(carry, jax.random.split(jax.random.fold_in(key_run, i), chunk))
+        gaps.append(np.asarray(values))
+        history.append(look((i + 1) * chunk))
+        progress.set_postfix({"distance": f"{history[-1][2]:.3f}"})
+    on_them = shares(history[-1][1])
+    print("share of the points on each Gaussian, a fair one 12.5%:", *(f"{share:.1%}" for share in on_them))
+    before, after = history[0][2], history[-1][2]
+    print(f"on any of them {on_them.sum():.1%}; distance {after:.3f}, before training {before:.3f}")
+    draw(args.out, history, np.concatenate(gaps), distance(more, others))
+    print(f"The picture is {args.out}")
+
+
+if __name__ == "__main__":
+    main()
