@@ -1,0 +1,97 @@
+"""The benchmarks run in their short form, print what they measured, and keep nothing."""
+
+import importlib
+import json
+import math
+import re
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import bandwidth, readme, side_by_side, torch_side
+
+SHORT = {  # a benchmark, and how the lines that it is to print begin
+    "eager": r" +10 (plain|momentum|centered, momentum) ",
+    "scale": r"\| [\d,]+ \| ",
+    "step": r"(one leaf|transformer|200 leaves|2,000 leaves) +(plain|momentum|centered|centered, momentum) ",
+    "trace": r" +20 (plain|momentum|centered, momentum) ",
+    "train": r"(recurrent network|transformer) ",
+}
+ROWS = {"eager": 3, "scale": 8, "step": 16, "trace": 3, "train": 2}
+
+
+def kept():
+    return {path: path.stat().st_mtime_ns for path in side_by_side.RESULTS.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_run_prints_every_row_and_keeps_nothing(name, capsys):
+    before = kept()
+    importlib.import_module(f"benchmarks.{name}").main(["--short"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if re.match(SHORT[name], line)]
+    assert len(rows) == ROWS[name], "\n".join(lines)
+    assert all(re.search(r"\d", row) and "nan" not in row for row in rows)
+    assert kept() == before
+
+
+@pytest.mark.parametrize("name", ["eager", "scale", "step", "trace", "train"])
+def test_tables_have_a_cell_for_every_column(name):
+    data = json.loads((side_by_side.RESULTS / f"{name}.json").read_text())
+    module = importlib.import_module(f"benchmarks.{name}")
+    for text in (module.table(data), getattr(module, "report", module.table)(data)):
+        for block in re.split(r"\n(?!\|)", text):
+            lines = [line for line in block.splitlines() if line.startswith("|")]
+            assert len({line.count("|") for line in lines}) <= 1, lines
+
+
+def test_a_result_of_a_gpu_that_is_not_there_is_not_measured():
+    assert "Not measured." in readme.filled("<!-- step_gpu -->\n<!-- end -->") or (
+        side_by_side.RESULTS / "step_gpu.json"
+    ).exists()
+
+
+def test_sides_take_turns_and_a_side_may_measure_itself():
+    calls = []
+
+    def ours():
+        calls.append("ours")
+        return jnp.zeros(2)
+
+    def elsewhere():
+        calls.append("elsewhere")
+        return 0.5
+
+    seconds = side_by_side.alternate({"ours": ours, "elsewhere": elsewhere}, rounds=2, repeat=2)
+    assert calls == ["ours", "ours", "elsewhere", "elsewhere"] * 3  # the first round does not count
+    assert seconds["elsewhere"] == [0.5, 0.5]
+    assert all(0 < s < math.inf for s in seconds["ours"])
+
+
+@pytest.mark.parametrize("name", bandwidth.KERNELS)
+def test_a_stream_counts_the_bytes_of_its_arrays_and_runs_in_place(name):
+    side = bandwidth.Stream(name, 1000)
+    first = side.arrays[0]
+    out = side()
+    assert out.shape == (1000,)
+    assert first.is_deleted()  # the result has its buffer
+    operands = len(side.arrays) + ("in place" in name)
+    assert side.bytes == 4000 * operands
+
+
+def test_without_pytorch_its_steps_are_absent(monkeypatch):
+    monkeypatch.setattr(torch_side.importlib.util, "find_spec", lambda name: None)
+    with torch_side.TorchProcess() as torch:
+        assert torch.step("torch foreach", [(3,)], {}, "cpu") is None
+        torch.clear()
+
+
+@pytest.mark.slow
+def test_pytorch_in_its_process_measures_itself_and_says_what_it_cannot(capsys):
+    pytest.importorskip("torch")
+    with torch_side.TorchProcess() as torch:
+        step = torch.step("torch foreach", [(3,), (2, 2)], {"momentum": 0.9, "centered": True}, "cpu")
+        assert 0 < step() < 10
+        assert torch.step("torch single", [(3,)], {"momentum": -1.0}, "cpu") is None
+    assert "torch single is not measured: Invalid momentum value" in capsys.readouterr().out
