@@ -5,8 +5,8 @@
     copy in place     a = s * a            8
     triad in place    a = a + s * b       12
 
-A processor that writes to another place reads that place first, which STREAM does not count: in place, nothing
-is hidden. An optimizer's step is in place, so the fastest of the four is its limit.
+A processor that writes to another place reads that place first, which STREAM does not count: in place,
+nothing is hidden. An optimizer's step is in place, so the fastest of the four is its limit.
 """
 
 import statistics

@@ -1,10 +1,11 @@
 """What does a step cost without `jax.jit`? Update and apply, leaf after leaf, from Python.
 
-Leaves of 64, so that the time is that of Python and dispatch: 10 and 200 of them. Each side adds its updates with
-its own package's `apply_updates`; "update" is without it. PyTorch, which always runs so, in a process of its own.
+Leaves of 64, so that the time is that of Python and dispatch: 10 and 200 of them. Each side adds its updates
+with its own package's `apply_updates`; "update" is without it. PyTorch, which always runs so, in a process of
+its own.
 
-Where `optax.rmsprop` dispatches one operation at a time, `rmsprop` has one jitted function per leaf for the rule,
-one for the momentum and one for the addition; the multiplication by the learning rate is Optax's.
+Where `optax.rmsprop` dispatches one operation at a time, `rmsprop` has one jitted function per leaf for the
+rule, one for the momentum and one for the addition; the multiplication by the learning rate is Optax's.
 """
 
 import argparse
@@ -17,7 +18,11 @@ import rmsprop_jax
 from benchmarks.side_by_side import alternate, environment, installed, milliseconds, ratio, save
 from benchmarks.torch_side import TorchProcess
 
-FORMS = {"plain": {}, "momentum": {"momentum": 0.9}, "centered, momentum": {"centered": True, "momentum": 0.9}}
+FORMS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "centered, momentum": {"centered": True, "momentum": 0.9},
+}
 PACKAGES = {"optax": optax, "ours": rmsprop_jax}
 
 
@@ -59,7 +64,8 @@ def compare(form, leaves, torch, rounds):
 
 def table(data):
     lines = [
-        "| leaves | form | Optax | rmsprop_jax | times faster, middle half | update alone | PyTorch, foreach |",
+        "| leaves | form | Optax | rmsprop_jax | times faster, middle half | update alone "
+        "| PyTorch, foreach |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
@@ -92,4 +98,6 @@ def main(argv=None):
                     flush=True,
                 )
     if not short:
-        print(save("eager", {"environment": environment(*installed("torch")), "rounds": rounds, "rows": rows}))
+        print(
+            save("eager", {"environment": environment(*installed("torch")), "rounds": rounds, "rows": rows})
+        )

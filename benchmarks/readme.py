@@ -1,7 +1,7 @@
 """Puts the kept results into README.md and benchmarks/README.md, between `<!-- NAME -->` and `<!-- end -->`.
 
-NAME is a benchmark, a benchmark's on a GPU (`step_gpu`), or `costs`, which has a few rows of several. README.md takes
-a benchmark's `table`, benchmarks/README.md its `report` where it has one.
+NAME is a benchmark, a benchmark's on a GPU (`step_gpu`), or `costs`, which has a few rows of several.
+README.md takes a benchmark's `table`, benchmarks/README.md its `report` where it has one.
 """
 
 import importlib

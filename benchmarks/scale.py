@@ -1,9 +1,11 @@
-"""How do a step's time and state grow, with parameters, leaves and devices? Update and apply, jitted and donated.
+"""How do a step's time and state grow with parameters, leaves and devices?
 
-Parameters: one leaf of 1e4 to 1e8 (1e9 on a GPU), and its bytes per second beside the bandwidth measured in the
-same run (`bandwidth.py`). Leaves: a million parameters in 1 to 2,000, and the kernels in the compiled program.
-Devices: 4 million parameters and their accumulators in shards, on 1 to 8 devices. On a CPU these are simulated
-and share its cores: what a device keeps falls, the time does not.
+Update and apply, jitted and donated.
+
+Parameters: one leaf of 1e4 to 1e8 (1e9 on a GPU), and its bytes per second beside the bandwidth measured in
+the same run (`bandwidth.py`). Leaves: a million parameters in 1 to 2,000, and the kernels in the compiled
+program. Devices: 4 million parameters and their accumulators in shards, on 1 to 8 devices. On a CPU these are
+simulated and share its cores: what a device keeps falls, the time does not.
 
 On a GPU, `python -m benchmarks scale` measures it and keeps it as scale_gpu.json.
 """
@@ -78,7 +80,7 @@ def over_devices(size, rounds, simulated=None):
         params = {"w": jax.device_put(jnp.full((size // 512, 512), 0.1), sharding)}
         tx = rmsprop_jax.rmsprop(1e-3)
         side = Stepper(tx, params)
-        side.state = jax.tree.map(lambda x: x if jnp.ndim(x) == 0 else jax.device_put(x, sharding), side.state)
+        side.state = side.state[0]._replace(nu=jax.device_put(side.state[0].nu, sharding)), *side.state[1:]
         side.compile(tx)
         seconds = alternate({"ours": side}, rounds)
         kept = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(side.state))
@@ -104,10 +106,16 @@ def table(data):
     for p in data["parameters"]:
         rate, kept = p["gigabytes_per_second"], [b / 1e6 for b in p["state_bytes"].values()]
         lines.append(
-            f"| {p['parameters']:,} | {p['milliseconds']['optax']:.3f} ms | {p['milliseconds']['ours']:.3f} ms "
-            f"| {rate:.1f} | {rate / best:.2f} | " + ", ".join(f"{mb:.2f}" for mb in kept) + " MB |"
+            f"| {p['parameters']:,} | {p['milliseconds']['optax']:.3f} ms "
+            f"| {p['milliseconds']['ours']:.3f} ms | {rate:.1f} | {rate / best:.2f} | "
+            + ", ".join(f"{mb:.2f}" for mb in kept)
+            + " MB |"
         )
-    lines += ["", "| leaves, a million parameters | `optax.rmsprop` | `rmsprop` | kernels |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| leaves, a million parameters | `optax.rmsprop` | `rmsprop` | kernels |",
+        "|---|---|---|---|",
+    ]
     for p in data["leaves"]:
         lines.append(
             f"| {p['leaves']:,} | {p['milliseconds']['optax']:.3f} ms | {p['milliseconds']['ours']:.3f} ms "
@@ -130,7 +138,10 @@ def draw(data, path):
     best = max(data["gigabytes_per_second"].values())
     for axes, points, key in ((left, data["parameters"], "parameters"), (middle, data["leaves"], "leaves")):
         x = [p[key] for p in points]
-        for name, style in (("optax", {"lw": 5, "alpha": 0.35}), ("ours", {"lw": 1.7, "marker": "o", "ms": 4})):
+        for name, style in (
+            ("optax", {"lw": 5, "alpha": 0.35}),
+            ("ours", {"lw": 1.7, "marker": "o", "ms": 4}),
+        ):
             label = "optax.rmsprop" if name == "optax" else "rmsprop"
             axes.loglog(x, [p["milliseconds"][name] for p in points], label=label, **style)
     x = [p["parameters"] for p in data["parameters"]]
@@ -142,7 +153,9 @@ def draw(data, path):
     right.bar(devices, [p["state_bytes_on_each"] / 1e6 for p in data["devices"]], color="tab:blue", alpha=0.7)
     for i, p in enumerate(data["devices"]):
         text = f"{p['milliseconds']:.1f} ms"
-        right.annotate(text, (i, p["state_bytes_on_each"] / 1e6), (0, 3), textcoords="offset points", ha="center")
+        right.annotate(
+            text, (i, p["state_bytes_on_each"] / 1e6), (0, 3), textcoords="offset points", ha="center"
+        )
     right.set(xlabel="devices", ylabel="MB of state on each", title="Devices, 4 million parameters in shards")
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,22 +1,23 @@
 """What does a step cost beside everything that a user would pick instead? Update and apply, float32.
 
-The trees: one matrix of 33 million parameters; a transformer's, 30 million in 74 leaves; 200 and 2,000 leaves of
-64. The gradients stay the same: their values do not matter to the time. `optax.rmsprop`, `rmsprop` and Keras 3
-(its `stateless_apply`) are jitted and donated; PyTorch runs in a process of its own (`torch_side.py`) in a loop,
-by foreach and compiled. All sides take turns. What is not installed is not measured; nor is what torch.compile
-would need minutes to compile: other forms than the plain one, and 2,000 leaves.
+The trees: one matrix of 33 million parameters; a transformer's, 30 million in 74 leaves; 200 and 2,000 leaves
+of 64. The gradients stay the same: their values do not matter to the time. `optax.rmsprop`, `rmsprop` and
+Keras 3 (its `stateless_apply`) are jitted and donated; PyTorch runs in a process of its own (`torch_side.py`)
+in a loop, by foreach and compiled. All sides take turns. What is not installed is not measured; nor is what
+torch.compile would need minutes to compile: other forms than the plain one, and 2,000 leaves.
 
-The limit is the time in which memory moves the bytes that must move: parameter and accumulators read and written,
-gradient read, 20 bytes per parameter in the plain form. Its bandwidth is measured in the same turns
-(`bandwidth.py`); the limit is that of the fastest kernel. STREAM's own copy and triad, which are not in place,
-are a third slower here, and a step is faster than they are.
+The limit is the time in which memory moves the bytes that must move: parameter and accumulators read and
+written, gradient read, 20 bytes per parameter in the plain form. Its bandwidth is measured in the same turns
+(`bandwidth.py`); the limit is that of the fastest kernel. STREAM's own copy and triad, which are not in
+place, are a third slower here, and a step is faster than they are.
 
-Why it is not at the limit on CPU: XLA makes one loop for each array it writes, so that plainly 28 bytes go through
-the caches, and it runs the loops of all accumulators before those of the parameters (its breadth-first
-scheduler), so that a leaf has left the caches when its second loop begins. `optax.rmsprop` has the same loops.
-Centred, a leaf's three loops depend on each other one by one, where Optax's raw moments are two independent loops
-that find the gradient in the caches: that is the 5% on the transformer's tree. To write the variance's recursion
-with the old mean would save it, but needs a copy of an accumulator, or 9% more traffic on one large leaf.
+Why it is not at the limit on CPU: XLA makes one loop for each array it writes, so that plainly 28 bytes go
+through the caches, and it runs the loops of all accumulators before those of the parameters (its
+breadth-first scheduler), so that a leaf has left the caches when its second loop begins. `optax.rmsprop` has
+the same loops. Centred, a leaf's three loops depend on each other one by one, where Optax's raw moments are
+two independent loops that find the gradient in the caches: that is the 5% on the transformer's tree. To write
+the variance's recursion with the old mean would save it, but needs a copy of an accumulator, or 9% more
+traffic on one large leaf.
 """
 
 import argparse
@@ -126,7 +127,7 @@ def has_keras():
 
 
 def moved_bytes(params, options):
-    """Parameter and accumulators read and written, gradient read: 20 bytes per parameter in the plain form."""
+    """Parameter and accumulators read and written, gradient read: plainly 20 bytes per parameter."""
     accumulators = 1 + len(options)
     return sum(leaf.size for leaf in jax.tree.leaves(params)) * 4 * (2 * (1 + accumulators) + 1)
 
@@ -212,13 +213,15 @@ def report(data):
             for name, rate in row["gigabytes_per_second"].items():
                 fastest.setdefault(name, []).append(rate)
     rates = ", ".join(f"{name} {sorted(some)[len(some) // 2]:.0f}" for name, some in fastest.items())
-    return "\n".join([*lines, "", f"Bandwidth in the same turns, GB/s, median of the large trees' rows: {rates}."])
+    return "\n".join(
+        [*lines, "", f"Bandwidth in the same turns, GB/s, median of the large trees' rows: {rates}."]
+    )
 
 
 def _table(rows):
     lines = [
-        "| tree | form | `optax.rmsprop` | `rmsprop` | ratio, middle half | Keras | PyTorch loop, foreach, compiled "
-        "| of the limit |",
+        "| tree | form | `optax.rmsprop` | `rmsprop` | ratio, middle half | Keras "
+        "| PyTorch loop, foreach, compiled | of the limit |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -15,7 +15,7 @@ VARIANTS = {"torch single": {"foreach": False}, "torch foreach": {"foreach": Tru
 
 
 class TorchProcess:
-    """`with TorchProcess() as torch: step = torch.step(...)`. Where PyTorch is missing, every step is None."""
+    """`with TorchProcess() as torch: ...`. Where PyTorch is not installed, every step is None."""
 
     def __enter__(self):
         self.process = None

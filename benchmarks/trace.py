@@ -1,8 +1,8 @@
 """How long until the first step? Tracing, lowering and compiling an update and its addition, and their size.
 
-For 20 to 2,000 leaves of 64. Before each measurement JAX forgets everything that it has compiled, as in a process
-that begins. The rule is traced and lowered once for equal leaves and called for each; XLA then puts the calls back
-in place, so that compiling takes as long as Optax's.
+For 20 to 2,000 leaves of 64. Before each measurement JAX forgets everything that it has compiled, as in a
+process that begins. The rule is traced and lowered once for equal leaves and called for each; XLA then puts
+the calls back in place, so that compiling takes as long as Optax's.
 """
 
 import argparse
@@ -83,7 +83,8 @@ def table(data):
             f"| {row['leaves']:,} | {row['form']} | {theirs['trace'] + theirs['lower']:.2f} s "
             f"| {ours['trace'] + ours['lower']:.2f} s "
             f"| {r['median']:.1f} ({r['low']:.1f} to {r['high']:.1f}) "
-            f"| {theirs['compile']:.1f} s | {ours['compile']:.1f} s | {theirs['lines']:,}, {ours['lines']:,} |"
+            f"| {theirs['compile']:.1f} s | {ours['compile']:.1f} s "
+            f"| {theirs['lines']:,}, {ours['lines']:,} |"
         )
     return "\n".join(lines)
 

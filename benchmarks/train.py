@@ -1,8 +1,8 @@
-"""What is the optimizer's share of a whole training step? Forward, backward and update in Flax, jitted and donated.
+"""What is the optimizer's share of a whole training step, forward, backward and update, in Flax?
 
-The recurrent network of `examples/char_rnn.py` and a small transformer, on windows of 64 characters. The share is
-what a step takes beyond one that stops at the gradients, of the whole step; steps take turns. SGD is the floor: it
-reads gradients and parameters and writes parameters.
+The recurrent network of `examples/char_rnn.py` and a small transformer, on windows of 64 characters. The
+share is what a step takes beyond one that stops at the gradients, of the whole step; steps take turns. SGD is
+the floor: it reads gradients and parameters and writes parameters.
 """
 
 import argparse
@@ -44,7 +44,10 @@ def transformer(scale):
         def __init__(self):
             self.norm_1, self.norm_2 = (nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
             self.attention = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
-            self.up, self.down = nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)
+            self.up, self.down = (
+                nnx.Linear(width, 4 * width, rngs=rngs),
+                nnx.Linear(4 * width, width, rngs=rngs),
+            )
 
         def __call__(self, x):
             mask = nnx.make_causal_mask(jnp.ones(x.shape[:2]))
@@ -68,7 +71,7 @@ NETWORKS = {"recurrent network": (recurrent, 32), "transformer": (transformer, 8
 
 
 class Step:
-    """A compiled training step with its own donated buffers; without an optimizer it stops at the gradients."""
+    """A compiled training step with its own donated buffers; without an optimizer, of gradients."""
 
     def __init__(self, tx, loss, params, tokens):
         def step(kept, tokens):
@@ -122,14 +125,16 @@ def compare(network, rounds, scale):
 
 def table(data):
     lines = [
-        "| network | gradients alone | share of SGD | of `optax.rmsprop` | of `rmsprop` | whole step, ratio to Optax |",
+        "| network | gradients alone | share of SGD | of `optax.rmsprop` | of `rmsprop` "
+        "| whole step, ratio to Optax |",
         "|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
         shares = [f"{row['share'][name]['median']:.1%}" for name in OPTIMIZERS]
         r = row["ratio"]
         lines.append(
-            f"| {row['network']}, {row['parameters'] / 1e6:.2f} million | {row['milliseconds']['none']:.1f} ms | "
+            f"| {row['network']}, {row['parameters'] / 1e6:.2f} million "
+            f"| {row['milliseconds']['none']:.1f} ms | "
             + " | ".join(shares)
             + f" | {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}) |"
         )

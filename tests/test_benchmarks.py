@@ -47,9 +47,10 @@ def test_tables_have_a_cell_for_every_column(name):
 
 
 def test_a_result_of_a_gpu_that_is_not_there_is_not_measured():
-    assert "Not measured." in readme.filled("<!-- step_gpu -->\n<!-- end -->") or (
-        side_by_side.RESULTS / "step_gpu.json"
-    ).exists()
+    assert (
+        "Not measured." in readme.filled("<!-- step_gpu -->\n<!-- end -->")
+        or (side_by_side.RESULTS / "step_gpu.json").exists()
+    )
 
 
 def test_sides_take_turns_and_a_side_may_measure_itself():
