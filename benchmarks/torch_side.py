@@ -3,6 +3,7 @@
 The process takes its steps when it is asked to, so that both sides alternate, and measures them itself.
 """
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
@@ -29,7 +30,8 @@ class TorchProcess:
 
     def __exit__(self, *_):
         if self.process is not None:
-            self.connection.send(None)
+            with contextlib.suppress(BrokenPipeError):  # where it has ended by itself
+                self.connection.send(None)
             self.process.join()
 
     def step(self, variant: str, shapes: list[tuple[int, ...]], options: dict[str, Any], device: str):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from benchmarks.eager import FORMS, PACKAGES
 from benchmarks.side_by_side import environment, ratio, result, save
 
-LEAVES = (20, 200, 1000, 2000)
+ROUNDS = {20: 10, 200: 5, 1000: 3, 2000: 2}  # by leaves: 2,000 take ten seconds to compile
 
 
 def measure(package, options, params):
@@ -50,11 +50,9 @@ def measure(package, options, params):
 def compare(form, leaves, rounds):
     params = [jnp.full(64, 0.1)] * leaves
     runs = {name: [] for name in PACKAGES}
-    for counts in [False] + [True] * rounds:
+    for _ in range(rounds):
         for name, package in PACKAGES.items():
-            run = measure(package, FORMS[form], params)
-            if counts:
-                runs[name].append(run)
+            runs[name].append(measure(package, FORMS[form], params))
     until_lowered = {name: [run["trace"] + run["lower"] for run in some] for name, some in runs.items()}
     until_compiled = {
         name: [run["trace"] + run["lower"] + run["compile"] for run in some] for name, some in runs.items()
@@ -62,6 +60,7 @@ def compare(form, leaves, rounds):
     return {
         "leaves": leaves,
         "form": form,
+        "rounds": rounds,
         **{
             name: {key: statistics.median(run[key] for run in some) for key in some[0]}
             for name, some in runs.items()
@@ -115,11 +114,12 @@ def main(argv=None):
     parser.add_argument("--short", action="store_true", help="20 leaves, two rounds, nothing kept")
     short = parser.parse_args(argv).short
     rows = []
+    for package in PACKAGES.values():
+        measure(package, {}, [jnp.ones(64)])  # what Python imports and caches on the way is no one's time
     print(f"{'leaves':>7} {'form':19}   trace + lower, compile, seconds: optax   ours          times faster")
-    for leaves in LEAVES[:1] if short else LEAVES:
+    for leaves, rounds in list(ROUNDS.items())[: 1 if short else None]:
         for form in FORMS:
-            # A round of 2,000 leaves compiles for half a minute.
-            row = compare(form, leaves, rounds=2 if short or leaves > 1000 else 3 if leaves > 200 else 7)
+            row = compare(form, leaves, rounds=2 if short else rounds)
             rows.append(row)
             cells = [
                 f"{side['trace'] + side['lower']:7.3f} {side['compile']:7.3f}"
