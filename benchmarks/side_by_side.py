@@ -18,8 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 def alternate(sides: dict[str, Callable[[], Any]], rounds: int, repeat: int = 1) -> dict[str, list[float]]:
     """Seconds per call of each side, `repeat` calls each in turn, after one round that does not count.
 
-    Every second round goes in the other order, since a side finds in the caches what the one before it left. A
-    side returns arrays, which are waited for, or the seconds that it took, where it measures them itself.
+    Every second round goes in the other order, since a side finds in the caches what the one before it left.
+    A side returns arrays, which are waited for, or the seconds that it took, where it measures them itself.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     order = list(sides)
