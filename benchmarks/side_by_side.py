@@ -46,7 +46,8 @@ def _timed(run, repeat):
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """The median of the rounds' ratios, and the quarter and three-quarter quantiles as its spread."""
-    low, median, high = statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4)
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
 

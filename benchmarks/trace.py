@@ -2,7 +2,12 @@
 
 For 20 to 2,000 leaves of 64. Before each measurement JAX forgets everything that it has compiled, as in a
 process that begins. The rule is traced and lowered once for equal leaves and called for each; XLA then puts
-the calls back in place, so that compiling takes as long as Optax's.
+the calls back in place, so that compiling, which takes most of the time, takes as long as Optax's.
+
+Plainly, what is left for each leaf is that call, Optax's multiplication by the learning rate and the
+addition; momentum adds two operations on either side, so the advantage is smaller with it. A call costs as
+much as three operations to lower, a third of which are its three hyper-parameters. As one array they would
+save 54 microseconds a leaf here, and cost 175 to compile.
 """
 
 import argparse

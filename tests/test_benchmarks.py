@@ -17,7 +17,7 @@ SHORT = {  # a benchmark, and how the lines that it is to print begin
     "trace": r" +20 (plain|momentum|centered, momentum) ",
     "train": r"(recurrent network|transformer) ",
 }
-ROWS = {"eager": 3, "scale": 8, "step": 16, "trace": 3, "train": 2}
+ROWS = {"eager": 3, "scale": 8, "step": 14, "trace": 3, "train": 2}
 
 
 def kept():
