@@ -45,7 +45,6 @@ FORMS = {
     "centered": {"centered": True},
     "centered, momentum": {"centered": True, "momentum": 0.9},
 }
-SMALL_FORMS = ("plain", "momentum", "centered, momentum")  # 2,000 leaves take half a minute each to compile
 PEERS = ("keras", *VARIANTS)
 
 
@@ -75,9 +74,6 @@ TREES = {
     "200 leaves": lambda scale=1: small_leaves(200 // scale**2),
     "2,000 leaves": lambda scale=1: small_leaves(2000 // scale**2),
 }
-
-
-LARGE = ("one leaf", "transformer")
 
 
 class Stepper:
@@ -133,6 +129,14 @@ def has_keras():
     import keras
 
     return keras.backend.backend() == "jax"
+
+
+def forms_of(tree, short):
+    if short:
+        return ("plain", "centered, momentum")
+    if tree in ("one leaf", "transformer"):
+        return tuple(FORMS)
+    return ("plain", "momentum", "centered, momentum")  # 2,000 leaves take half a minute each to compile
 
 
 def moved_bytes(params, options):
@@ -261,7 +265,7 @@ def main(argv=None):
     )
     with TorchProcess() as torch:
         for tree, make in TREES.items():
-            for form in FORMS if tree in LARGE else SMALL_FORMS:
+            for form in forms_of(tree, short):
                 row = compare(tree, form, make(scale), torch, rounds, short)
                 rows.append(row)
                 ms, r, limit = row["milliseconds"], row["ratio"], row["limit_milliseconds"]

@@ -37,7 +37,7 @@ def recurrent(scale):
 def transformer(scale):
     from flax import nnx
 
-    width, layers = 256 // scale, 4
+    width, layers = 256 // scale, max(1, 4 // scale)
     rngs = nnx.Rngs(0)
 
     class Block(nnx.Module):
