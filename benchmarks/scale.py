@@ -157,6 +157,7 @@ def draw(data, path):
             text, (i, p["state_bytes_on_each"] / 1e6), (0, 3), textcoords="offset points", ha="center"
         )
     right.set(xlabel="devices", ylabel="MB of state on each", title="Devices, 4 million parameters in shards")
+    right.margins(y=0.1)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
