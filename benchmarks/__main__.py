@@ -2,13 +2,14 @@
 
 Each prints a table and writes its figures, and a picture where it has one, into benchmarks/results. Without a
 name all of them are run in a short form, which keeps nothing. `python -m benchmarks NAME --help` lists a
-benchmark's options; `python -m benchmarks readme` puts the results into README.md.
+benchmark's options; `python -m benchmarks readme` puts the results into README.md
+and benchmarks/README.md.
 """
 
 import importlib
 import sys
 
-NAMES = ("memory", "quality", "rows", "step")
+NAMES = ("eager", "memory", "quality", "rows", "scale", "step", "trace", "train")
 
 if __name__ == "__main__":
     match sys.argv[1:]:

@@ -1,5 +1,6 @@
 """Both sides in one process, alternating, so that what else the machine does falls on both."""
 
+import importlib.util
 import json
 import platform
 import statistics
@@ -14,24 +15,39 @@ import jax
 RESULTS = Path(__file__).parent / "results"
 
 
-def alternate(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of each side, one call each in turn, after one round that does not count.
+def alternate(sides: dict[str, Callable[[], Any]], rounds: int, repeat: int = 1) -> dict[str, list[float]]:
+    """Seconds per call of each side, `repeat` calls each in turn, after one round that does not count.
 
-    A side returns arrays; they are waited for.
+    Every second round goes in the other order, since a side finds in the caches what the one before it left.
+    A side returns arrays, which are waited for, or the seconds that it took, where it measures them itself.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
     for counts in [False] + [True] * rounds:
-        for name, run in sides.items():
-            begun = time.perf_counter()
-            jax.block_until_ready(run())
+        for name in order:
+            took = _timed(sides[name], repeat)
             if counts:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(took)
+        order.reverse()
     return seconds
+
+
+def _timed(run, repeat):
+    measured = 0.0
+    begun = time.perf_counter()
+    for _ in range(repeat):
+        result = run()
+        if isinstance(result, float):
+            measured += result
+        else:
+            jax.block_until_ready(result)
+    return (measured or time.perf_counter() - begun) / repeat
 
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """The median of the rounds' ratios, and the quarter and three-quarter quantiles as its spread."""
-    low, median, high = statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4)
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high}
 
 
@@ -50,10 +66,21 @@ def environment(*packages: str) -> dict[str, Any]:
 
 
 def save(name: str, data: dict[str, Any]) -> Path:
+    """Keeps the data as NAME.json, or as NAME_gpu.json when that is where they were measured."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = result(name)
     path.write_text(json.dumps(data, indent=1) + "\n")
     return path
+
+
+def result(name: str, suffix: str = ".json") -> Path:
+    platform = jax.default_backend()
+    return RESULTS / f"{name}{'' if platform == 'cpu' else f'_{platform}'}{suffix}"
+
+
+def installed(*packages: str) -> tuple[str, ...]:
+    """Those of the packages that are installed: the peers are optional, and so are their rows."""
+    return tuple(name for name in packages if importlib.util.find_spec(name))
 
 
 def _processor():

@@ -10,6 +10,7 @@ with u_t from `scale_by_rms`. They differ whenever the learning rate changes. We
 """
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,6 @@ def _trace(decay, nesterov, dtype):
     decay = _checks.precise_number("momentum", decay, below=1)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"Invalid momentum_dtype: momentum_dtype={dtype!r}, expected a floating dtype.")
-    inner = optax.trace(decay, nesterov)
 
     def init_fn(params):
         def zeros(p):
@@ -158,7 +158,7 @@ def _trace(decay, nesterov, dtype):
         return optax.TraceState(jax.tree.map(zeros, params))
 
     def update_fn(updates, state, params=None, *, rms_count, **extra_args):
-        del extra_args
+        del params, extra_args
         leaf = itertools.count()
 
         def kept(new, old):
@@ -168,10 +168,20 @@ def _trace(decay, nesterov, dtype):
             where = np.uint32(2**32 - 1 - next(leaf))
             return rounding.to_dtype(new, old.dtype, rounding.thresholds(new.shape, where, rms_count))
 
-        updates, new_state = inner.update(updates, _widen(state), params)
-        return updates, jax.tree.map(kept, new_state, state)
+        def traced(buffers):
+            return jax.tree.map(lambda g, buffer: _traced(g, buffer, decay), updates, buffers)
+
+        new = traced(_widen(state.trace))
+        updates = traced(new) if nesterov else new
+        return updates, optax.TraceState(jax.tree.map(kept, new, state.trace))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@partial(jax.jit, inline=True)
+def _traced(g, buffer, decay):
+    """`optax.trace` of one leaf. Where nothing is jitted: one operation instead of two."""
+    return optax.trace(decay).update(g, optax.TraceState(buffer))[0]
 
 
 def decayed_weights(weight_decay, mask, learning_rate=None):

@@ -66,6 +66,10 @@ def apply_updates(
     return jax.tree_util.tree_map_with_path(add, params, updates, is_leaf=lambda x: x is None)
 
 
+# Where nothing is jitted: one operation instead of three.
+_add_dense = jax.jit(optax.apply_updates, inline=True)
+
+
 def _add(path, p, u, where):
     if p is None:
         return None
@@ -81,7 +85,7 @@ def _add(path, p, u, where):
             f"Update {leaf_name(path)} has shape {jnp.shape(u)}, its parameter has shape {shape}."
         )
     if where is None or wide(dtype_of(p)) == dtype_of(p):
-        return optax.apply_updates(p, u)
+        return _add_dense(p, u)
     return _rounded(p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype, where)
 
 

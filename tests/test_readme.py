@@ -1,9 +1,20 @@
-"""README's figures are those of the kept results."""
+"""The READMEs' figures are those of the kept results."""
+
+import pytest
 
 from benchmarks import readme
 
 
-def test_the_tables_of_the_readme_are_the_results():
-    text = readme.README.read_text()
-    assert "<!-- step -->" in text
-    assert readme.filled(text) == text, "python -m benchmarks readme"
+@pytest.mark.parametrize(
+    ("path", "whole", "names"),
+    [
+        (readme.README, False, ["step", "costs", "rows", "memory", "quality"]),
+        (readme.REPORT, True, ["step", "step_gpu", "eager", "trace", "train", "scale", "scale_gpu"]),
+    ],
+    ids=["README.md", "benchmarks/README.md"],
+)
+def test_the_tables_are_the_results(path, whole, names):
+    text = path.read_text()
+    for name in names:
+        assert f"<!-- {name} -->\n" in text
+    assert readme.filled(text, whole) == text, "python -m benchmarks readme"

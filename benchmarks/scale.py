@@ -1,0 +1,192 @@
+"""How do a step's time and state grow with parameters, leaves and devices?
+
+Update and apply, jitted and donated.
+
+Parameters: one leaf of 1e4 to 1e8 (1e9 on a GPU), and its bytes per second beside the bandwidth measured in
+the same run (`bandwidth.py`). Leaves: a million parameters in 1 to 2,000, and the kernels in the compiled
+program. Devices: 4 million parameters and their accumulators in shards, on 1 to 8 devices. On a CPU these are
+simulated and share its cores: what a device keeps falls, the time does not.
+
+On a GPU, `python -m benchmarks scale` measures it and keeps it as scale_gpu.json.
+"""
+
+import argparse
+import multiprocessing
+import re
+from concurrent.futures import ProcessPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import rmsprop_jax
+from benchmarks.bandwidth import gigabytes_per_second, streams
+from benchmarks.side_by_side import alternate, environment, milliseconds, ratio, result, save
+from benchmarks.step import Stepper
+
+MAKE = {"optax": optax.rmsprop, "ours": rmsprop_jax.rmsprop}
+ACCUMULATORS = ("float32", "bfloat16", "uint8")
+
+
+def state_bytes(params, accumulator="float32"):
+    state = jax.eval_shape(rmsprop_jax.rmsprop(1e-3, accumulator=accumulator).init, params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def kernels(compiled):
+    """Operations of the entry computation that do work: on a GPU each is a kernel, on a CPU a loop."""
+    text = compiled.as_text()
+    entry = text[text.index("\nENTRY") :]
+    free = "parameter|constant|tuple|get-tuple-element|bitcast"
+    operations = re.findall(r"^\s+(?:ROOT )?%\S+ = .*? ([a-z][\w-]*)\(", entry, re.MULTILINE)
+    return sum(not re.fullmatch(free, name) for name in operations)
+
+
+def measure(params, rounds):
+    """One point: times, kernels, bytes of state."""
+    sides = {name: Stepper(make(1e-3), params) for name, make in MAKE.items()}
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    seconds = alternate(sides, rounds, repeat=max(1, min(20, int(2e6 / size))))
+    return {
+        "parameters": size,
+        "leaves": len(jax.tree.leaves(params)),
+        "milliseconds": {name: milliseconds(times) for name, times in seconds.items()},
+        "ratio": ratio(seconds["ours"], seconds["optax"]),
+        "kernels": {name: kernels(side.compiled) for name, side in sides.items()},
+        "gigabytes_per_second": 20 * size / (milliseconds(seconds["ours"]) * 1e6),
+        "state_bytes": {accumulator: state_bytes(params, accumulator) for accumulator in ACCUMULATORS},
+    }
+
+
+def over_parameters(sizes, rounds):
+    return [measure({"w": jnp.full(size, 0.1)}, rounds) for size in sizes]
+
+
+def over_leaves(size, counts, rounds):
+    return [measure([jnp.full(size // count, 0.1)] * count, rounds) for count in counts]
+
+
+def over_devices(size, rounds, simulated=None):
+    """The points of 1, 2, 4, ... devices; `simulated` of them in a process that has no others."""
+    if simulated is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", simulated)
+    devices, points = jax.devices(), []
+    for count in (2**i for i in range(4) if 2**i <= len(devices)):
+        mesh = Mesh(np.array(devices[:count]), ("shards",))
+        sharding = NamedSharding(mesh, PartitionSpec("shards"))
+        params = {"w": jax.device_put(jnp.full((size // 512, 512), 0.1), sharding)}
+        tx = rmsprop_jax.rmsprop(1e-3)
+        side = Stepper(tx, params)
+        side.state = side.state[0]._replace(nu=jax.device_put(side.state[0].nu, sharding)), *side.state[1:]
+        side.compile(tx)
+        seconds = alternate({"ours": side}, rounds)
+        kept = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(side.state))
+        points.append(
+            {
+                "devices": count,
+                "parameters": size,
+                "milliseconds": milliseconds(seconds["ours"]),
+                "state_bytes_on_each": kept,
+            }
+        )
+    return points
+
+
+def table(data):
+    """Three: over parameters, leaves and devices."""
+    best = max(data["gigabytes_per_second"].values())
+    lines = [
+        "| parameters, one leaf | `optax.rmsprop` | `rmsprop` | GB/s | of the bandwidth "
+        "| state: float32, bfloat16, uint8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for p in data["parameters"]:
+        rate, kept = p["gigabytes_per_second"], [b / 1e6 for b in p["state_bytes"].values()]
+        lines.append(
+            f"| {p['parameters']:,} | {p['milliseconds']['optax']:.3f} ms "
+            f"| {p['milliseconds']['ours']:.3f} ms | {rate:.1f} | {rate / best:.2f} | "
+            + ", ".join(f"{mb:.2f}" for mb in kept)
+            + " MB |"
+        )
+    lines += [
+        "",
+        "| leaves, a million parameters | `optax.rmsprop` | `rmsprop` | kernels |",
+        "|---|---|---|---|",
+    ]
+    for p in data["leaves"]:
+        lines.append(
+            f"| {p['leaves']:,} | {p['milliseconds']['optax']:.3f} ms | {p['milliseconds']['ours']:.3f} ms "
+            f"| {p['kernels']['optax']:,}, {p['kernels']['ours']:,} |"
+        )
+    lines += ["", "| devices | `rmsprop` | state on each device |", "|---|---|---|"]
+    for p in data["devices"]:
+        lines.append(
+            f"| {p['devices']} | {p['milliseconds']:.2f} ms | {p['state_bytes_on_each'] / 1e6:.2f} MB |"
+        )
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in data["gigabytes_per_second"].items())
+    return "\n".join([*lines, "", f"Bandwidth, GB/s: {rates}."])
+
+
+def draw(data, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    best = max(data["gigabytes_per_second"].values())
+    for axes, points, key in ((left, data["parameters"], "parameters"), (middle, data["leaves"], "leaves")):
+        x = [p[key] for p in points]
+        for name, style in (
+            ("optax", {"lw": 5, "alpha": 0.35}),
+            ("ours", {"lw": 1.7, "marker": "o", "ms": 4}),
+        ):
+            label = "optax.rmsprop" if name == "optax" else "rmsprop"
+            axes.loglog(x, [p["milliseconds"][name] for p in points], label=label, **style)
+    x = [p["parameters"] for p in data["parameters"]]
+    left.loglog(x, [20 * n / best / 1e6 for n in x], "k--", lw=1, label="20 bytes at the bandwidth")
+    left.set(xlabel="parameters, one leaf", ylabel="milliseconds per step", title="Parameters")
+    middle.set(xlabel="leaves", title="Leaves of a million parameters")
+    left.legend(frameon=False)
+    devices = [str(p["devices"]) for p in data["devices"]]
+    right.bar(devices, [p["state_bytes_on_each"] / 1e6 for p in data["devices"]], color="tab:blue", alpha=0.7)
+    for i, p in enumerate(data["devices"]):
+        text = f"{p['milliseconds']:.1f} ms"
+        right.annotate(
+            text, (i, p["state_bytes_on_each"] / 1e6), (0, 3), textcoords="offset points", ha="center"
+        )
+    right.set(xlabel="devices", ylabel="MB of state on each", title="Devices, 4 million parameters in shards")
+    right.margins(y=0.1)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks scale", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--short", action="store_true", help="small sizes, a few rounds, nothing kept")
+    short = parser.parse_args(argv).short
+    cpu = jax.default_backend() == "cpu"
+    rounds = 3 if short else 20
+    sizes = [10**n for n in range(4, 6 if short else 9 if cpu else 10)]
+    counts = (1, 10) if short else (1, 10, 100, 1000, 2000)
+    sides = streams(sizes[-1] if short else 2**25)
+    data = {
+        "environment": environment(),
+        "rounds": rounds,
+        "parameters": over_parameters(sizes, rounds),
+        "gigabytes_per_second": gigabytes_per_second(sides, alternate(sides, rounds)),
+        "leaves": over_leaves(10**5 if short else 10**6, counts, rounds),
+    }
+    size = 2**16 if short else 2**22
+    if cpu:  # devices are simulated, and their number is fixed before the first of them is used
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            data["devices"] = process.submit(over_devices, size, rounds, simulated=8).result()
+    else:
+        data["devices"] = over_devices(size, rounds)
+    print(table(data))
+    if not short:
+        print(save("scale", data))
+        draw(data, result("scale", ".png"))

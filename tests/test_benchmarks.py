@@ -1,0 +1,115 @@
+"""The benchmarks run in their short form, print what they measured, and keep nothing."""
+
+import importlib
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from benchmarks import bandwidth, readme, scale, side_by_side, step, torch_side
+
+SHORT = {  # a benchmark, and how the lines that it is to print begin
+    "eager": r" +10 (plain|momentum|centered, momentum) ",
+    "scale": r"\| [\d,]+ \| ",
+    "step": r"(one leaf|transformer|200 leaves|2,000 leaves) +(plain|centered, momentum) ",
+    "trace": r" +20 (plain|momentum|centered, momentum) ",
+    "train": r"(recurrent network|transformer) ",
+}
+ROWS = {"eager": 3, "scale": 8, "step": 8, "trace": 3, "train": 2}
+
+
+def kept():
+    return {path: path.stat().st_mtime_ns for path in side_by_side.RESULTS.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
+def test_a_short_run_prints_every_row_and_keeps_nothing(name, capsys):
+    before = kept()
+    importlib.import_module(f"benchmarks.{name}").main(["--short"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if re.match(SHORT[name], line)]
+    assert len(rows) == ROWS[name], "\n".join(lines)
+    assert all(re.search(r"\d", row) and "nan" not in row for row in rows)
+    assert kept() == before
+
+
+@pytest.mark.parametrize("name", ["eager", "scale", "step", "trace", "train"])
+def test_tables_have_a_cell_for_every_column(name):
+    data = json.loads((side_by_side.RESULTS / f"{name}.json").read_text())
+    module = importlib.import_module(f"benchmarks.{name}")
+    for text in (module.table(data), getattr(module, "report", module.table)(data)):
+        for block in re.split(r"\n(?!\|)", text):
+            lines = [line for line in block.splitlines() if line.startswith("|")]
+            assert len({line.count("|") for line in lines}) <= 1, lines
+
+
+def test_a_gpu_that_was_not_there_is_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "Not measured." in readme.filled("<!-- step_gpu -->\n<!-- end -->")
+    with pytest.raises(FileNotFoundError):
+        readme.filled("<!-- step -->\n<!-- end -->")
+
+
+def test_sides_take_turns_and_a_side_may_measure_itself():
+    calls = []
+
+    def ours():
+        calls.append("ours")
+        return jnp.zeros(2)
+
+    def elsewhere():
+        calls.append("elsewhere")
+        return 0.5
+
+    seconds = side_by_side.alternate({"ours": ours, "elsewhere": elsewhere}, rounds=2, repeat=2)
+    there = ["ours", "ours", "elsewhere", "elsewhere"]
+    assert calls == there + there[::-1] + there  # the first round does not count
+    assert seconds["elsewhere"] == [0.5, 0.5]
+    assert all(0 < s < math.inf for s in seconds["ours"])
+
+
+@pytest.mark.parametrize("name", bandwidth.KERNELS)
+def test_a_stream_counts_the_bytes_of_its_arrays_and_runs_in_place(name):
+    side = bandwidth.Stream(name, 1000)
+    first = side.arrays[0]
+    out = side()
+    assert out.shape == (1000,)
+    assert first.is_deleted()  # the result has its buffer
+    operands = len(side.arrays) + ("in place" in name)
+    assert side.bytes == 4000 * operands
+
+
+@pytest.mark.parametrize(("form", "per_parameter"), [*zip(step.FORMS, (20, 28, 28, 36), strict=True)])
+def test_a_step_moves_its_arrays_once(form, per_parameter):
+    params = [jnp.zeros(10), jnp.zeros((3, 5))]
+    state = optax.rmsprop(1e-3, **step.FORMS[form]).init(params)
+    read_and_written = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
+    assert step.moved_bytes(params, step.FORMS[form]) == 2 * read_and_written + 4 * 25 == per_parameter * 25
+
+
+def test_kernels_are_what_runs():
+    x = jnp.ones(8)
+    assert scale.kernels(jax.jit(lambda x: jnp.sin(x) + 1).lower(x).compile()) == 1
+    assert scale.kernels(jax.jit(lambda x: (x @ x, jnp.sort(x))).lower(x).compile()) >= 2
+
+
+def test_without_pytorch_its_steps_are_absent(monkeypatch):
+    monkeypatch.setattr(torch_side.importlib.util, "find_spec", lambda name: None)
+    with torch_side.TorchProcess() as torch:
+        assert torch.step("torch foreach", [(3,)], {}, "cpu") is None
+        torch.clear()
+
+
+@pytest.mark.slow
+def test_pytorch_in_its_process_measures_itself_and_says_what_it_cannot(capsys):
+    pytest.importorskip("torch")
+    with torch_side.TorchProcess() as torch:
+        step = torch.step("torch foreach", [(3,), (2, 2)], {"momentum": 0.9, "centered": True}, "cpu")
+        assert 0 < step() < 10
+        assert torch.step("torch single", [(3,)], {"momentum": -1.0}, "cpu") is None
+    assert "torch single is not measured: Invalid momentum value" in capsys.readouterr().out
