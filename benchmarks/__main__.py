@@ -8,7 +8,7 @@ benchmark's options; `python -m benchmarks readme` puts the results into README.
 import importlib
 import sys
 
-NAMES = ("memory", "quality", "rows", "step")
+NAMES = ("memory", "quality", "rows", "step", "tasks")
 
 if __name__ == "__main__":
     match sys.argv[1:]:
