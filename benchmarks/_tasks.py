@@ -183,7 +183,7 @@ def quadratic_task(size=20):
 
 
 MAKE = {
-    "digits": lambda: supervised(partial(digits_task, 8), 32),
+    "digits": lambda: supervised(partial(digits_task, 8), 32, 500),
     "text": lambda: supervised(partial(text_task, 32, 24), 16),
     "cancer": lambda: supervised(cancer_task, 32),
     "diabetes": lambda: supervised(diabetes_task, 32),
