@@ -68,7 +68,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "digits": Plan("cross-entropy", 300, choosing=10),
+    "digits": Plan("cross-entropy", 300, choosing=5),
     "text": Plan("cross-entropy", 300, plain=5e-2),
     "cancer": Plan("cross-entropy", 200, choosing=20),
     "diabetes": Plan("error / variance", 200, adaptive=5e-5, plain=1e-3, choosing=20),
