@@ -176,14 +176,16 @@ def table(data):
     for row in data["rows"]:
         scores = {name: np.array(method["scores"], float) for name, method in row["methods"].items()}
         plan = PLANS[row["task"]]
-        means = {name: np.mean(some) for name, some in scores.items()}
-        best = (max if plan.higher else min)(means, key=means.get)
-        digits = max(0, 2 - math.floor(math.log10(abs(means[best]))))
+        best = (max if plan.higher else min)(scores.values(), key=np.mean)
+        digits = [math.floor(math.log10(x)) for x in (abs(np.mean(best)), np.std(best, ddof=1))]
+        digits = max(
+            0, 2 - digits[0], -digits[1]
+        )  # three of the mean, or as many as the deviation lets count
         cells = []
-        for name, some in scores.items():
-            cell = f"{means[name]:.{digits}f} ({np.std(some, ddof=1):.{digits}f})"
-            mark = "**" if means[name] == means[best] else "*" if as_good(some, scores[best]) else ""
-            cells.append(mark + cell + mark)
+        for some in scores.values():
+            mean, of_best = (f"{np.mean(x):.{digits}f}" for x in (some, best))
+            mark = "**" if mean == of_best else "*" if as_good(some, best) else ""
+            cells.append(f"{mark}{mean} ({np.std(some, ddof=1):.{digits}f}){mark}")
         lines.append(f"| {row['task']}, {plan.measure} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -212,7 +214,7 @@ def draw(rows, path):
             axes.fill_between(steps, low, high, color=color, alpha=0.08, lw=0)
         axes.set(title=f"{row['task']}: {plan.measure}", xlim=(0, plan.steps))
         if not plan.higher:  # without what explodes at first
-            top = 1.5 * np.median([mean[0] for mean, _, _ in curves.values()])
+            top = 1.2 * np.median([mean[0] for mean, _, _ in curves.values()])
             bottom = 0.95 * min(np.nanmin(low) for _, low, _ in curves.values())
             axes.set(ylim=(bottom, top), yscale="log" if top > 10 * bottom else "linear")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -227,15 +229,10 @@ def draw(rows, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks tasks", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=PLANS, nargs="+", help="put among what is kept of the others")
+    parser.add_argument("--only", choices=PLANS, nargs="+", help="put among what is kept")
     parser.add_argument("--short", action="store_true", help="one trial each, a few steps, nothing kept")
     args = parser.parse_args(argv)
     where = environment("scikit-learn")
-    kept = {}
-    if args.only and (path := RESULTS / "tasks.json").exists():
-        data = json.loads(path.read_text())
-        kept = {row["task"]: row for row in data["rows"] if data["environment"] == where}
-
     print(f"{'':10}{'':17}{'mean':>9} {'(std)':9}{'rate':>9}{'knob':>7}")
     for name in tqdm(args.only or PLANS, desc="tasks", leave=False, disable=None):
         plan = PLANS[name]._replace(steps=POINTS) if args.short else PLANS[name]
@@ -250,8 +247,16 @@ def main(argv=None):
                 f"{name:10}{method:17}{mean:9.4g} ({std:.2g})".ljust(46)
                 + f"{row['rate']:9.3g}{row['knob']:7}{edge}"
             )
-        kept[name] = {"task": name, "methods": methods}
         if not args.short:
-            rows = [kept[name] for name in PLANS if name in kept]
+            rows = with_kept({"task": name, "methods": methods}, where)
             save("tasks", {"environment": where, "points": POINTS, "rows": rows})
             draw(rows, RESULTS / "tasks.png")
+
+
+def with_kept(row, where):
+    """The row and those of the other tasks that are kept from the same environment."""
+    path, rows = RESULTS / "tasks.json", {}
+    if path.exists() and (data := json.loads(path.read_text()))["environment"] == where:
+        rows = {row["task"]: row for row in data["rows"]}
+    rows[row["task"]] = row
+    return [rows[name] for name in PLANS if name in rows]
