@@ -242,7 +242,7 @@ def main(argv=None):
         for method in tqdm(METHODS, desc=name, leave=False, disable=None):
             methods[method] = row = compare(run, plan, method, args.short)
             mean, std = np.mean(row["scores"]), np.std(row["scores"], ddof=1)
-            edge = "  the last of the rates" if row["edge"] else ""
+            edge = "  at the end of the rates" if row["edge"] and not args.short else ""
             tqdm.write(
                 f"{name:10}{method:17}{mean:9.4g} ({std:.2g})".ljust(46)
                 + f"{row['rate']:9.3g}{row['knob']:7}{edge}"
