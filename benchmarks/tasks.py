@@ -15,7 +15,7 @@ of the run. All else has its default.
 
     python -m benchmarks tasks                  all of them, the figures and a picture
     python -m benchmarks tasks --only digits    one, put among what is kept of the others
-    python -m benchmarks tasks --short          one trial each, a few steps
+    python -m benchmarks tasks --short          three of them, one trial each, a few steps
 """
 
 import argparse
@@ -77,6 +77,7 @@ PLANS = {
     "drift": Plan("excess error", 2000, adaptive=1e-3, plain=1e-3, cosine=False, choosing=20, last=15),
     "quadratic": Plan("loss", 500, adaptive=5e-4, plain=2e-4, choosing=20),
 }
+SHORT = ("cancer", "cartpole", "drift")  # one of each kind
 
 
 def trainer(task, steps):
@@ -230,11 +231,12 @@ def draw(rows, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks tasks", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", choices=PLANS, nargs="+", help="put among what is kept")
-    parser.add_argument("--short", action="store_true", help="one trial each, a few steps, nothing kept")
+    parser.add_argument("--short", action="store_true", help="three tasks, a few steps, nothing kept")
     args = parser.parse_args(argv)
     where = environment("scikit-learn")
     print(f"{'':10}{'':17}{'mean':>9} {'(std)':9}{'rate':>9}{'knob':>7}")
-    for name in tqdm(args.only or PLANS, desc="tasks", leave=False, disable=None):
+    names = args.only or (SHORT if args.short else PLANS)
+    for name in tqdm(names, desc="tasks", leave=False, disable=None):
         plan = PLANS[name]._replace(steps=POINTS) if args.short else PLANS[name]
         task = MAKE[name]()
         run = trainer(task, plan.steps)
