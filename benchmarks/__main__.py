@@ -8,7 +8,7 @@ benchmark's options; `python -m benchmarks readme` puts the results into README.
 import importlib
 import sys
 
-NAMES = ("memory", "quality", "rows", "step")
+NAMES = ("diagnostics", "memory", "quality", "rows", "step")
 
 if __name__ == "__main__":
     match sys.argv[1:]:

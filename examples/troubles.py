@@ -51,8 +51,8 @@ TROUBLES = {
         Setting(0.03, 0.99), Setting(0.03, 0.99, warm_up=True), "warmup(0.03, decay=0.99)", "update_ratio"
     ),
     "stale accumulator": Trouble(
-        Setting(2e-4, 0.999, bad_batch=30),
-        Setting(2e-4, 0.9, bad_batch=30),
+        Setting(2e-4, 0.999, bad_batch=5),
+        Setting(2e-4, 0.9, bad_batch=5),
         "decay 0.999 -> 0.9",
         "staleness",
     ),

@@ -153,7 +153,7 @@ def _risen(run):
     if run.losses is None:
         return None
     start = run.losses[0]
-    high = ~(run.losses < RISEN * start)  # NaN too
+    high = run.losses >= RISEN * start
     if not high.any():
         return None
     # Of the layers that do not start from zero: the learning rate and the first step over their rms.
@@ -236,6 +236,7 @@ def _stalled(run):
     if not _fall(start, end) < STALLED or run.step[-1] < 2 * memory:
         return None
     sized = np.isfinite(run.update_ratio[0])  # a layer that starts from zero has no size to compare with
+    sized &= np.nanmedian(run.gradient_rms, axis=0) > 0  # nor is one small in its steps that has no gradient
     moved = np.where(sized, np.mean(run.update_ratio, axis=0) * run.step[-1], np.nan)
     amplitude = np.nanmedian(run.update_rms / run.learning_rate, axis=0)
     by_eps = (np.nanmedian(run.eps_share, axis=0) >= MOSTLY) & (amplitude <= SHRUNK) & (moved < MOVED)
@@ -302,7 +303,7 @@ def _rounded_away(run):
         "nu is kept in the parameters' 16 bits and rounded to nearest: decay * nu rounds to nu, so that it can "
         "rise and never fall.",
         "rmsprop_jax.rmsprop, whose accumulators are float32 or rounded without bias "
-        "(interop.from_optax takes the state along).",
+        "(interop.from_optax takes the state along); for parameters in 16 bits apply_updates(key=), too.",
     )
 
 

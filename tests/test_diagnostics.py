@@ -245,8 +245,14 @@ def test_measure_in_jit_and_scan_is_as_outside():
         ({"accumulator": "int4"}, "accumulator='int4'"),
         ({"state": optax.EmptyState()}, "no accumulator of RMSProp"),
         ({"state": optax.rmsprop(0.1).init(tree()[0])}, "pass count="),
-        ({"grads": {"dense": {"kernel": jnp.ones((30, 20))}}}, "Invalid grads: they have no layer 'dense/bias'"),
-        ({"params": {**tree()[0], "gain": jnp.ones(2)}}, r"layer 'gain' has shape \(2,\), its accumulator \(\)"),
+        (
+            {"grads": {"dense": {"kernel": jnp.ones((30, 20))}}},
+            "Invalid grads: they have no layer 'dense/bias'",
+        ),
+        (
+            {"params": {**tree()[0], "gain": jnp.ones(2)}},
+            r"layer 'gain' has shape \(2,\), its accumulator \(\)",
+        ),
         (
             {"updates": {**tree()[0], "gain": rows.RowGradient(jnp.zeros(1, int), jnp.ones((1, 2)), 3)}},
             "Invalid updates: layer 'gain' is by rows",
@@ -569,7 +575,12 @@ def train(model, rate, decay=0.9, eps=1e-8, factors=(), seed=0, **form):
     loss_factors = np.ones(STEPS, np.float32)
     for step, factor in dict(factors).items():
         loss_factors[step] = factor
-    arguments = jnp.broadcast_to(jnp.asarray(rates), STEPS), jnp.asarray(decay), jnp.asarray(eps), loss_factors
+    arguments = (
+        jnp.broadcast_to(jnp.asarray(rates), STEPS),
+        jnp.asarray(decay),
+        jnp.asarray(eps),
+        loss_factors,
+    )
     run = trainer(model, tuple(sorted(form.items(), key=lambda item: item[0])))
     with jax.numpy_rank_promotion("allow"):  # the models' biases
         state, losses, final = run(jax.random.key(seed), *arguments)
@@ -607,13 +618,16 @@ def test_too_small_a_rate_is_found_and_the_proposed_one_trains(model):
 
 
 @pytest.mark.parametrize(
-    ("model", "rate", "decay"), [("mlp", 0.03, 0.99), ("cnn", 0.03, 0.99), ("linear", 0.1, 0.999), ("gru", 0.03, 0.999)]
+    ("model", "rate", "decay"),
+    [("mlp", 0.03, 0.99), ("cnn", 0.03, 0.99), ("linear", 0.1, 0.999), ("gru", 0.03, 0.999)],
 )
 def test_an_unstable_start_is_found_and_mended(model, rate, decay):
     """By bias correction, and by warm-up where there are as many steps as it takes."""
     broken = train(model, rate, decay)
     found = the_finding(broken, "unstable start")
-    assert found.figures["first step over the learning rate"] == pytest.approx(1 / np.sqrt(1 - decay), rel=0.7)
+    assert found.figures["first step over the learning rate"] == pytest.approx(
+        1 / np.sqrt(1 - decay), rel=0.7
+    )  # less for rows not met
     assert "warmup(" in found.remedy
     assert "bias_correction=True" in found.remedy
     mended = [train(model, rate, decay, bias_correction=True)]
@@ -625,10 +639,10 @@ def test_an_unstable_start_is_found_and_mended(model, rate, decay):
         assert run.losses.max() < broken.losses.max() / 2
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "gru", "linear"])
-def test_a_stale_accumulator_is_found_and_a_smaller_decay_mends_it(model):
-    """One batch early on has a loss a thousand times too large."""
-    settings = {"rate": warmup(2e-3, 0.9), "factors": {30: 1e4}}
+@pytest.mark.parametrize(("model", "rate"), [("mlp", 5e-4), ("cnn", 5e-4), ("gru", 1e-3), ("linear", 2e-2)])
+def test_a_stale_accumulator_is_found_and_a_smaller_decay_mends_it(model, rate):
+    """One batch early on has a loss ten thousand times too large."""
+    settings = {"rate": rate, "factors": {5: 1e4}}
     broken = train(model, decay=0.999, **settings)
     found = the_finding(broken, "stale accumulator")
     mended = train(model, decay=number_after(found.remedy, "a smaller decay, such as"), **settings)
@@ -685,13 +699,13 @@ def test_a_root_of_zero_is_found():
     assert mended.final < 0.2
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "linear"])
-def test_an_accumulator_that_is_rounded_away_is_found(model):
+@pytest.mark.parametrize(("model", "rate"), [("mlp", 2e-4), ("cnn", 2e-4), ("linear", 1e-3)])
+def test_an_accumulator_that_is_rounded_away_is_found(model, rate):
     """`optax.rmsprop`'s in bfloat16, for which a decay of 0.999 is 1."""
-    broken = train(model, 1e-3, 0.999, dtype="bfloat16", make=optax.rmsprop)
+    broken = train(model, rate, 0.999, dtype="bfloat16", make=optax.rmsprop)
     found = the_finding(broken, "accumulator rounded away")
     assert "rmsprop_jax.rmsprop" in found.remedy
-    mended = train(model, 1e-3, 0.999, dtype="bfloat16")
+    mended = train(model, rate, 0.999, dtype="bfloat16")
     assert mended.findings == []
     assert mended.final < broken.final
 
