@@ -11,7 +11,7 @@ The optimizer is the chain in `optimizer_for`: clipping, then RMSProp, whose lea
 memory of its accumulator and falls along a cosine. The picture sets the loss beside two references from the
 same text: the cross-entropy of guessing each character from its frequency (unigram), and from its frequency
 after the character before it (bigram). Both are counted on the training text, as the network is trained. A
-second picture shows what the optimizer did to each layer, every tenth update; `advise` says what it sees there.
+second picture shows what the optimizer did to each layer; `diagnostics.advise` says what it sees in it.
 """
 
 import argparse

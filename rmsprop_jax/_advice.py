@@ -141,8 +141,8 @@ def _run(history, losses):
         loss_steps = np.arange(1, len(losses) + 1)
     else:
         raise ValueError(
-            f"Invalid losses: there are {len(losses)}, expected one for each of the {len(step)} measurements, "
-            f"or one for each update, of which there were {step[-1]}."
+            f"Invalid losses: there are {len(losses)}, expected one for each of the {len(step)} measurements "
+            f"or for each of the {step[-1]} updates."
         )
     comparable = losses[0] > 0 and not np.any(losses < 0)
     return _Run(names, step, figures, losses if comparable else None, loss_steps)
@@ -174,8 +174,8 @@ def _risen(run):
             (),
             (int(when[0]), int(when[-1])),
             {**losses, "learning rate": lr, "over the layers' rms": rate[at]},
-            "RMSProp moves every element by about the learning rate, whatever the gradient's size. Here that is "
-            f"{rate[at]:.2g} times the layers' rms: each step makes another network.",
+            "RMSProp moves every element by about the learning rate, whatever the gradient's size. Here that "
+            f"is {rate[at]:.2g} times the layers' rms: each step makes another network.",
             f"a lower learning rate, {lr * USUAL_STEP / rate[at]:.1g} or so.",
         )
     amplified = np.nanmedian(run.update_rms[0] / run.learning_rate[0])
@@ -279,11 +279,14 @@ def _dead(run):
     alive = run.gradient_rms[:, found] > 0
     last = np.max(np.where(alive, run.step[:, None], 0))
     if last:
-        cause = "they had gradients before: units that are zero for every input, such as ReLUs after too large a step."
+        cause = "they had gradients before: units may be zero for every input, as ReLUs after a large step."
         remedy = "a lower learning rate or warmup(learning_rate, decay); leaky units."
     else:
-        cause = "they never had one: the loss does not depend on them, or a unit is zero for every input from the start."
-        remedy = "look for a stop_gradient, an unused output, or biases that switch units off; freeze on purpose with optax.masked."
+        cause = "they never had any: the loss does not depend on them, or units are zero for every input."
+        remedy = (
+            "look for a stop_gradient, an unused output, or first biases that switch units off. What is "
+            "frozen on purpose, optax.masked leaves out."
+        )
     first = int(run.step[run.step > last][0])
     return Finding(
         "dead layer", _layers(run, found), (first, int(run.step[-1])), {"gradient": 0.0}, cause, remedy
@@ -300,8 +303,8 @@ def _rounded_away(run):
         _layers(run, found),
         (int(run.step[0]), int(run.step[-1])),
         {"share of it": np.nanmedian(share[found]), "over gradient": np.nanmedian(run.staleness[-1, found])},
-        "nu is kept in the parameters' 16 bits and rounded to nearest: decay * nu rounds to nu, so that it can "
-        "rise and never fall.",
+        "nu is kept in the parameters' 16 bits and rounded to nearest: decay * nu rounds to nu, so that it "
+        "can rise and never fall.",
         "rmsprop_jax.rmsprop, whose accumulators are float32 or rounded without bias "
         "(interop.from_optax takes the state along); for parameters in 16 bits apply_updates(key=), too.",
     )
@@ -319,8 +322,8 @@ def _nonfinite(run):
         (int(when[0]), int(when[-1])),
         {"share of measurements": np.mean(bad[:, often].any(axis=1))},
         "infinite or NaN gradients make the parameters NaN, unless the step is skipped.",
-        "optax.apply_if_finite around the optimizer skips such steps; jax.config.update('jax_debug_nans', True) "
-        "finds where they come from: a root or logarithm of 0, or float16's range.",
+        "optax.apply_if_finite around the optimizer skips such steps; jax.config.update('jax_debug_nans', "
+        "True) finds where they come from: a root or logarithm of 0, or float16's range.",
     )
 
 

@@ -1,7 +1,7 @@
-"""What one update does to each layer, in figures: `measure`, and `watch` that calls it inside an optimizer."""
+"""What an update does to each layer, in figures: `measure`, and `watch`, which calls it while training."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ class Measurement(NamedTuple):
     """Figures of one update, or of several: stacked by `jax.lax.scan`, each has a leading axis of time.
 
     Every field but `step` is a dictionary from the layer's path to a float32 scalar. With g the gradient, u
-    the update, p the parameter before it and nu the accumulator after it, and rms(x) = sqrt(mean(x^2)), which is infinite
-    where x^2 or its sum overflows float32:
+    the update, p the parameter before it and nu the accumulator after it, and rms(x) = sqrt(mean(x^2)), which
+    is infinite where x^2 or its sum overflows float32:
 
     Attributes:
       step: updates so far, this one included; int32 scalar.
@@ -398,7 +398,7 @@ def _figures(g, u, p, nu, mu, decay, one_minus_decay, eps, step, *, eps_in_sqrt,
         "eps_share": jnp.sum(by_eps & has_step) / jnp.maximum(jnp.sum(has_step), 1),
         "stuck_share": stuck,
         "nonfinite_share": nonfinite,
-        "warmth": _warmth(decay, one_minus_decay, step),
+        "warmth": -jnp.expm1(step * jnp.log1p(-jnp.asarray(one_minus_decay, jnp.float32))),
         "noise_to_signal": noise,
         "descent": descent,
     }
@@ -439,12 +439,6 @@ def _quantiles(x, valid, at):
     in_order = jnp.sort(jnp.where(valid, x, jnp.nan).ravel())  # NaN comes last
     last = jnp.sum(valid) - 1
     return [in_order[jnp.maximum(last * q, 0).astype(jnp.int32)] for q in at]
-
-
-def _warmth(decay, one_minus_decay, step):
-    """1 - decay^step, without the subtraction that would lose a decay near 1."""
-    del decay
-    return -jnp.expm1(step * jnp.log1p(-jnp.asarray(one_minus_decay, jnp.float32)))
 
 
 def _named(step, table, names):

@@ -104,8 +104,8 @@ def test_measure_follows_its_formulas(form, dtype):
             "descent": -np.sum(g * u),
         }
         for field, value in expected.items():
-            assert (found := getattr(measured, field)[name]).dtype == jnp.float32
-            assert found.shape == ()
+            found = getattr(measured, field)[name]
+            assert (found.dtype, found.shape) == (jnp.float32, ())
             assert list(getattr(measured, field)) == NAMES
             np.testing.assert_allclose(found, value, rtol=rtol, atol=1e-6, err_msg=f"{field} of {name}")
 
@@ -189,7 +189,7 @@ def test_complex_and_float64(x64):
 
 
 def test_it_finds_the_accumulators_in_any_chain():
-    """Masked, partitioned, in a chain, with hyper-parameters injected: each layer that has one, and no other."""
+    """Partitioned, in a chain, with hyper-parameters injected: each layer that has one, and no other."""
     params, grads = tree()
     labels = {"dense": {"kernel": "a", "bias": "b"}, "gain": "none", "empty": "a", "none": None}
     tx = optax.chain(
