@@ -10,7 +10,8 @@ A character-level GRU learns to write Python's documentation, or a text of your 
 The optimizer is the chain in `optimizer_for`: clipping, then RMSProp, whose learning rate warms up over the
 memory of its accumulator and falls along a cosine. The picture sets the loss beside two references from the
 same text: the cross-entropy of guessing each character from its frequency (unigram), and from its frequency
-after the character before it (bigram). Both are counted on the training text, as the network is trained.
+after the character before it (bigram). Both are counted on the training text, as the network is trained. A
+second picture shows what the optimizer did to each layer; `diagnostics.advise` says what it sees in it.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from _text import read_text
 from flax import nnx
 from tqdm import tqdm
 
-from rmsprop_jax import rmsprop, warmup
+from rmsprop_jax import diagnostics, rmsprop, warmup
 
 # The network and its training -------------------------------------------------------------------------
 
@@ -54,7 +55,8 @@ class CharRNN(nnx.Module):
 def optimizer_for(args, model):
     """The optimizer, and its learning rate at every step."""
     schedule = warmup(optax.cosine_decay_schedule(args.learning_rate, args.steps), decay=args.decay)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), rmsprop(schedule, decay=args.decay))
+    rms = diagnostics.watch(rmsprop(schedule, decay=args.decay), every=10, decay=args.decay)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), rms)
     return nnx.Optimizer(model, tx, wrt=nnx.Param), np.asarray(jax.jit(schedule)(jnp.arange(args.steps)))
 
 
@@ -156,7 +158,13 @@ def train(args):
     print("\nCross-entropy of the validation text, lower is better:")
     for name, value in (("unigram", text.unigram), ("bigram", text.bigram), ("this network", loss)):
         print(f"    {name:13} {value:.3f} nats per character ({value / math.log(2):.3f} bits)")
-    print(f"{args.steps:,} steps in {history['seconds']:.0f} s; the picture is {picture}")
+    measured = diagnostics.history(optimizer.opt_state)
+    diagnostics.plot(measured, args.out / "diagnostics.png")
+    findings = diagnostics.advise(measured, history["train"])
+    print("\nWhat the optimizer did, by diagnostics.advise:", *findings or ["nothing to mend."], sep="\n    ")
+    print(
+        f"\n{args.steps:,} steps in {history['seconds']:.0f} s; the pictures are {picture}, diagnostics.png"
+    )
 
 
 # The comparison ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """RMSProp for JAX, as an Optax gradient transformation."""
 
-from rmsprop_jax import conventions, interop, rounding, rows, sharding, storage
+from rmsprop_jax import conventions, diagnostics, interop, rounding, rows, sharding, storage
 from rmsprop_jax.optimizer import rmsprop
 from rmsprop_jax.schedules import warmup
 from rmsprop_jax.transform import ScaleByRmsState, scale_by_rms
@@ -12,6 +12,7 @@ __all__ = [
     "ScaleByRmsState",
     "apply_updates",
     "conventions",
+    "diagnostics",
     "interop",
     "rmsprop",
     "rounding",

@@ -85,6 +85,8 @@ def test_char_rnn_learns_draws_and_writes(uninterrupted):
         assert float(bits) == pytest.approx(float(nats) / np.log(2), abs=2e-3)  # both are rounded
     assert "the network goes on" in output
     assert_drawn(out / "char_rnn.png")
+    assert_drawn(out / "diagnostics.png", most=0.9)
+    assert re.search(r"diagnostics.advise:\n +nothing to mend", output)
     _, history = last_checkpoint(out)
     assert len(history["train"]) == STEPS
     assert [step for step, _ in history["valid"]] == [40, 80, 120, 160]
@@ -156,3 +158,14 @@ def test_noisy_gradients_prints_the_textbook_figures(tmp_path):
     assert [row[3] for row in rows[:3]] == ["0.316", "-0.204", "0.226"]
     assert [row[6] for row in rows[:3]] == ["0.316", "0.229", "0.192"]
     assert_drawn(tmp_path / "noisy.png")
+
+
+def test_troubles_are_found_and_mended(tmp_path):
+    output = run("troubles", "--steps=300", "--out", tmp_path / "troubles.png")
+    assert re.findall(r"^(\w[\w ]+), steps|^(\w[\w ]+) in .*, steps", output, re.MULTILINE) == [
+        ("The loss explodes", ""), ("Unstable start", ""), ("Stale accumulator", "")
+    ]  # fmt: skip
+    assert output.count("advise now says nothing") == 3
+    for before, after in re.findall(r"last 50 steps (\S+) -> (\S+);", output):
+        assert float(after) < float(before)
+    assert_drawn(tmp_path / "troubles.png")
