@@ -508,6 +508,17 @@ def quadratic():
     return Model(lambda key: {"flat": jnp.full(25, 3.0), "steep": jnp.full(25, 3.0)}, loss, (noise,), 8)
 
 
+def slowly(cases, fast):
+    """The cases, of which those for other models than `fast` take minutes to compile, all together."""
+    first = [case if isinstance(case, str) else case[0] for case in cases]
+    return [
+        pytest.param(
+            *([case] if isinstance(case, str) else case), marks=[] if name in fast else pytest.mark.slow
+        )
+        for name, case in zip(first, cases, strict=True)
+    ]
+
+
 MODELS = {
     "mlp": mlp,
     "cnn": cnn,
@@ -521,6 +532,7 @@ MODELS = {
     "gru, no bias": partial(gru, bias=False),
 }
 STEPS = 400
+FAST = ["linear", "quadratic"]
 
 
 class Run(NamedTuple):
@@ -598,7 +610,7 @@ def the_finding(run, trouble):
     return found
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "gru", "linear", "quadratic"])
+@pytest.mark.parametrize("model", slowly(["mlp", "cnn", "gru", "linear", "quadratic"], FAST))
 def test_too_large_a_rate_is_found_and_the_proposed_one_trains(model):
     broken = train(model, 30.0 if model == "quadratic" else 1.0)
     found = the_finding(broken, "the loss explodes")
@@ -608,7 +620,7 @@ def test_too_large_a_rate_is_found_and_the_proposed_one_trains(model):
     assert mended.losses.mean() < broken.losses.mean() / 2
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "gru", "linear", "quadratic"])
+@pytest.mark.parametrize("model", slowly(["mlp", "cnn", "gru", "linear", "quadratic"], FAST))
 def test_too_small_a_rate_is_found_and_the_proposed_one_trains(model):
     broken = train(model, 1e-6)
     found = the_finding(broken, "steps too small")
@@ -619,7 +631,7 @@ def test_too_small_a_rate_is_found_and_the_proposed_one_trains(model):
 
 @pytest.mark.parametrize(
     ("model", "rate", "decay"),
-    [("mlp", 0.03, 0.99), ("cnn", 0.03, 0.99), ("linear", 0.1, 0.999), ("gru", 0.03, 0.999)],
+    slowly([("mlp", 0.03, 0.99), ("cnn", 0.03, 0.99), ("linear", 0.1, 0.999), ("gru", 0.03, 0.999)], FAST),
 )
 def test_an_unstable_start_is_found_and_mended(model, rate, decay):
     """By bias correction, and by warm-up where there are as many steps as it takes."""
@@ -639,7 +651,9 @@ def test_an_unstable_start_is_found_and_mended(model, rate, decay):
         assert run.losses.max() < broken.losses.max() / 2
 
 
-@pytest.mark.parametrize(("model", "rate"), [("mlp", 5e-4), ("cnn", 5e-4), ("gru", 1e-3), ("linear", 2e-2)])
+@pytest.mark.parametrize(
+    ("model", "rate"), slowly([("mlp", 5e-4), ("cnn", 5e-4), ("gru", 1e-3), ("linear", 2e-2)], FAST)
+)
 def test_a_stale_accumulator_is_found_and_a_smaller_decay_mends_it(model, rate):
     """One batch early on has a loss ten thousand times too large."""
     settings = {"rate": rate, "factors": {5: 1e4}}
@@ -650,7 +664,7 @@ def test_a_stale_accumulator_is_found_and_a_smaller_decay_mends_it(model, rate):
     assert mended.final < broken.final
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "gru"])
+@pytest.mark.parametrize("model", slowly(["mlp", "cnn", "gru"], ["gru"]))
 def test_an_eps_that_dominates_is_found_and_a_smaller_one_mends_it(model):
     """eps = 1, which MobileNet was published with, for gradients that are smaller than MobileNet's."""
     broken = train(model, 1e-3, eps=1.0, factors=dict.fromkeys(range(STEPS), 0.01))
@@ -663,11 +677,14 @@ def test_an_eps_that_dominates_is_found_and_a_smaller_one_mends_it(model):
 
 @pytest.mark.parametrize(
     ("model", "healthy", "layers"),
-    [
-        ("mlp, switched off", "mlp", ("first/bias", "first/kernel")),
-        ("cnn, cut", "cnn", ("conv_1",)),
-        ("gru, no bias", "gru", ("bias",)),
-    ],
+    slowly(
+        [
+            ("mlp, switched off", "mlp", ("first/bias", "first/kernel")),
+            ("cnn, cut", "cnn", ("conv_1",)),
+            ("gru, no bias", "gru", ("bias",)),
+        ],
+        ["gru, no bias"],
+    ),
 )
 def test_a_dead_layer_is_found(model, healthy, layers):
     """Switched off by its biases, cut off by stop_gradient, and forgotten. Without the losses, too."""
@@ -680,7 +697,7 @@ def test_a_dead_layer_is_found(model, healthy, layers):
     assert mended.final < broken.final
 
 
-@pytest.mark.parametrize("model", ["cnn", "linear", "quadratic"])
+@pytest.mark.parametrize("model", slowly(["cnn", "linear", "quadratic"], ["linear"]))
 def test_nonfinite_gradients_are_found_and_mended_by_skipping(model):
     broken = train(model, 1e-2, factors={200: np.nan})
     found = the_finding(broken, "non-finite gradients")
@@ -691,6 +708,7 @@ def test_nonfinite_gradients_are_found_and_mended_by_skipping(model):
     assert np.isfinite(mended.final)
 
 
+@pytest.mark.slow
 def test_a_root_of_zero_is_found():
     broken = train("mlp, norm", 1e-3)
     assert "root or logarithm of 0" in the_finding(broken, "non-finite gradients").remedy
@@ -699,7 +717,7 @@ def test_a_root_of_zero_is_found():
     assert mended.final < 0.2
 
 
-@pytest.mark.parametrize(("model", "rate"), [("mlp", 2e-4), ("cnn", 2e-4), ("linear", 1e-3)])
+@pytest.mark.parametrize(("model", "rate"), slowly([("mlp", 2e-4), ("cnn", 2e-4), ("linear", 1e-3)], FAST))
 def test_an_accumulator_that_is_rounded_away_is_found(model, rate):
     """`optax.rmsprop`'s in bfloat16, for which a decay of 0.999 is 1."""
     broken = train(model, rate, 0.999, dtype="bfloat16", make=optax.rmsprop)
@@ -731,7 +749,7 @@ HEALTHY = [
 ]
 
 
-@pytest.mark.parametrize(("model", "rate", "decay", "form"), HEALTHY)
+@pytest.mark.parametrize(("model", "rate", "decay", "form"), slowly(HEALTHY, FAST))
 def test_a_healthy_run_is_not_disturbed(model, rate, decay, form):
     run = train(model, rate, decay, **form)
     assert run.losses[-40:].mean() < 0.8 * run.losses[:10].mean()  # it does learn

@@ -161,7 +161,7 @@ def test_noisy_gradients_prints_the_textbook_figures(tmp_path):
 
 
 def test_troubles_are_found_and_mended(tmp_path):
-    output = run("troubles", "--steps=300", "--out", tmp_path / "troubles.png")
+    output = run("troubles", "--steps=500", "--out", tmp_path / "troubles.png")
     assert re.findall(r"^(\w[\w ]+), steps|^(\w[\w ]+) in .*, steps", output, re.MULTILINE) == [
         ("The loss explodes", ""), ("Unstable start", ""), ("Stale accumulator", "")
     ]  # fmt: skip
