@@ -8,8 +8,12 @@ from benchmarks import readme
 @pytest.mark.parametrize(
     ("path", "whole", "names"),
     [
-        (readme.README, False, ["step", "costs", "rows", "memory", "quality"]),
-        (readme.REPORT, True, ["step", "step_gpu", "eager", "trace", "train", "scale", "scale_gpu"]),
+        (readme.README, False, ["step", "costs", "rows", "memory", "diagnostics"]),
+        (
+            readme.REPORT,
+            True,
+            ["step", "step_gpu", "eager", "trace", "train", "scale", "scale_gpu", "quality", "tasks"],
+        ),
     ],
     ids=["README.md", "benchmarks/README.md"],
 )
