@@ -18,7 +18,7 @@ train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
 
 test: $(VENV)/.installed
-	$(PY) -m pytest -q -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(VENV)/.installed
 	$(PY) -m ruff format --check .

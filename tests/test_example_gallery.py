@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import matplotlib.image
 from shortened import EXAMPLES, assert_drawn, example, run
 
-pytestmark = pytest.mark.xdist_group("gallery")
-
 
 def numbers(line):
     return [float(figure) for figure in re.findall(r"-?\d+\.?\d*", line.replace(",", ""))]
 
 
+@pytest.mark.slow
 def test_digits_cnn_reads_most_digits(tmp_path):
     output = run("digits_cnn", "--epochs=3", "--out", tmp_path / "digits.png")
     assert float(re.search(r"accuracy (\d+\.\d)%", output)[1]) > 90
@@ -97,6 +96,7 @@ def test_actor_critic_bootstraps_where_time_ran_out(monkeypatch):
     np.testing.assert_allclose(returns, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_actor_critic_learns_to_keep_the_pole_up(tmp_path):
     output = run("actor_critic", "--steps=30000", "--seeds=3", "--out", tmp_path / "cartpole.png")
     late = [numbers(line.split("fifth")[1]) for line in output.splitlines() if "last fifth" in line]
@@ -106,6 +106,7 @@ def test_actor_critic_learns_to_keep_the_pole_up(tmp_path):
     assert_drawn(tmp_path / "cartpole.png")
 
 
+@pytest.mark.slow
 def test_wgan_covers_all_gaussians(tmp_path):
     output = run("wgan", "--updates=3000", "--out", tmp_path / "wgan.png")
     shares = numbers(re.search(r"12.5%:(.*)", output)[1])
@@ -116,6 +117,7 @@ def test_wgan_covers_all_gaussians(tmp_path):
     assert_drawn(tmp_path / "wgan.png")
 
 
+@pytest.mark.slow
 def test_nonstationary_short_and_long_memories_win_where_it_says(tmp_path):
     output = run("nonstationary", "--steps=3000", "--out", tmp_path / "nonstationary.png")
     error = {
@@ -128,6 +130,7 @@ def test_nonstationary_short_and_long_memories_win_where_it_says(tmp_path):
     assert_drawn(tmp_path / "nonstationary.png")
 
 
+@pytest.mark.slow
 def test_finetune_bfloat16_with_a_key_follows_float32(tmp_path):
     output = run("finetune_bfloat16", "--steps=240", "--seeds=2", "--out", tmp_path / "finetune.png")
     row = r"^(float32|bfloat16, .*?)  +(\d\.\d\d) +(\d\.\d+) "

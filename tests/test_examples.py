@@ -16,7 +16,6 @@ import jax
 import orbax.checkpoint as ocp
 from shortened import EXAMPLES, assert_drawn, run
 
-pytestmark = pytest.mark.xdist_group("examples")  # one process: they share a reference run
 
 STEPS = 160
 SHORT = (
@@ -139,6 +138,7 @@ def test_resume_with_other_settings_is_refused(uninterrupted):
         run("char_rnn", *SHORT, "--width=48", "--out", uninterrupted[0], "--resume")
 
 
+@pytest.mark.slow
 def test_compare_tries_every_method(tmp_path):
     """Here on a text of one's own, short and with letters that its training part lacks."""
     (tmp_path / "own.txt").write_text("abcdefgh \n" * 100 + "äöü" * 10, encoding="utf-8")
@@ -160,6 +160,7 @@ def test_noisy_gradients_prints_the_textbook_figures(tmp_path):
     assert_drawn(tmp_path / "noisy.png")
 
 
+@pytest.mark.slow
 def test_troubles_are_found_and_mended(tmp_path):
     output = run("troubles", "--steps=500", "--out", tmp_path / "troubles.png")
     assert re.findall(r"^(\w[\w ]+), steps|^(\w[\w ]+) in .*, steps", output, re.MULTILINE) == [

@@ -89,7 +89,6 @@ def test_says_what_is_wrong():
         state_sharding(rmsprop(1e-3), {"w": struct((8,))}, other, "data")
 
 
-@pytest.mark.xdist_group("distributed")
 def test_on_eight_simulated_devices():
     """tests/distributed/on_eight_devices.py, in a process of its own for its devices."""
     program = Path(__file__).parent / "distributed" / "on_eight_devices.py"

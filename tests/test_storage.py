@@ -84,6 +84,7 @@ def ratios(request):
     return dict(zip(SMALL, np.moveaxis(np.asarray(measured), 1, 0), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("accumulator", "within"), [("bfloat16", 0.005), ("uint8", 0.02)])
 def test_the_mean_is_right_after_thousands_of_steps(ratios, accumulator, within, kind):
@@ -93,6 +94,7 @@ def test_the_mean_is_right_after_thousands_of_steps(ratios, accumulator, within,
     assert abs(some.mean() - 1) < within
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulator", "low", "high"), [("bfloat16", 0.95, 1.05), ("uint8", 0.78, 1.28)])
 def test_nine_in_ten_lie_close_over_four_decades(ratios, accumulator, low, high):
     some = ratios[accumulator][:, KINDS.index("decades")]

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import matplotlib.image
 from killed_runs import assert_equal_runs, saved
 
-pytestmark = pytest.mark.xdist_group("distributed")  # one process: they share a reference run
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "multi_process.py"
@@ -121,6 +120,7 @@ def test_it_learns_draws_and_prints(undisturbed):
     assert 0.01 < np.mean(pixels.min(axis=2) < 0.9) < 0.5
 
 
+@pytest.mark.slow
 def test_on_other_devices_it_starts_from_the_same_bits_and_goes_on(start, undisturbed, tmp_path):
     """From two processes of four devices to one of two, and from there to two of four."""
     there, back = copy_of(undisturbed, tmp_path), tmp_path / "back"
@@ -141,6 +141,7 @@ def test_on_other_devices_it_starts_from_the_same_bits_and_goes_on(start, undist
             np.testing.assert_allclose(actual[name], array, 0, 1e-5 * np.abs(array).max(), err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(start, program, undisturbed, tmp_path):
     """A byte in the part that the second process wrote; then in the other checkpoint too."""
     out = copy_of(undisturbed, tmp_path)

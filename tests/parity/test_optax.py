@@ -96,6 +96,7 @@ def test_rmsprop_takes_positional_arguments_in_the_order_of_optax():
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 
+@pytest.mark.slow
 def test_the_tests_of_optax_pass_with_this_package_in_its_place():
     program = Path(__file__).parent / "optax_own_tests.py"
     run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False)
