@@ -16,7 +16,6 @@ import jax
 import orbax.checkpoint as ocp
 from shortened import EXAMPLES, assert_drawn, run
 
-
 STEPS = 160
 SHORT = (
     f"--steps={STEPS}",

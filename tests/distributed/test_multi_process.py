@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import matplotlib.image
 from killed_runs import assert_equal_runs, saved
 
-
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "multi_process.py"
 STEPS, EVERY = 18, 6
