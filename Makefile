@@ -1,6 +1,6 @@
 # make train   the main job: a recurrent network learns to write Python's documentation
 # make test    the test-suite
-# make check   formatting, lint, types, doctests
+# make check   formatting, lint, types
 # make peers   installs PyTorch, Keras, TensorFlow, ...: `make test` then compares with them too
 #
 # Each sets up what it needs in $(VENV), and uses it again when it is there. Another interpreter:
@@ -24,7 +24,6 @@ check: $(VENV)/.installed
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m pytest -q rmsprop_jax README.md
 
 format: $(VENV)/.installed
 	$(PY) -m ruff format .

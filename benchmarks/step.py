@@ -10,19 +10,19 @@ The limit is the time in which memory moves the bytes that must move: parameter 
 written, gradient read, plainly 20 bytes per parameter. The bandwidth is measured in the same turns
 (`bandwidth.py`), and is that of the fastest of four kernels.
 
-Why a step is not at the limit on a CPU. The compiled program shows one loop for each array that is written, so
-that plainly 28 bytes per parameter are read and written, and the loops of all accumulators before those of
-the parameters. We take it that a large tree's leaf has left the caches when its next loop begins; the memory's
-counters were not read. `optax.rmsprop` has the same loops. JAX has no way to ask for another order: a
-dependency between leaves would need a number from each, which in shards is a message between devices.
+Why a step is not at the limit on a CPU. The compiled program shows one loop for each array that is written,
+so that plainly 28 bytes per parameter are read and written, and the loops of all accumulators before those of
+the parameters. We take it that a large tree's leaf has left the caches when its next loop begins; the
+memory's counters were not read. `optax.rmsprop` has the same loops. JAX has no way to ask for another order:
+a dependency between leaves would need a number from each, which in shards is a message between devices.
 
 Why centred is above Optax on the transformer's tree, in the same reading: Optax's two raw moments are
 independent loops, one after the other, so that the second finds the gradient in the caches. Here the variance
 needs the new mean, and its loop comes after those of all leaves' means. From the old mean, XLA copies an
 accumulator for every leaf.
 
-PyTorch's foreach passes over its tensors five times, 52 bytes per parameter by count; with 28 here, five times
-its speed is out of reach while both are bound by memory.
+PyTorch's foreach passes over its tensors five times, 52 bytes per parameter by count; with 28 here, five
+times its speed is out of reach while both are bound by memory.
 """
 
 import argparse

@@ -89,11 +89,12 @@ def test_says_what_is_wrong():
         state_sharding(rmsprop(1e-3), {"w": struct((8,))}, other, "data")
 
 
-def test_on_eight_simulated_devices():
+def test_on_eight_simulated_devices(pytestconfig):
     """tests/distributed/on_eight_devices.py, in a process of its own for its devices."""
     program = Path(__file__).parent / "distributed" / "on_eight_devices.py"
+    command = (sys.executable, "-m", "pytest", "-q")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(program)],
+        [*command, "-p", "no:cacheprovider", "-m", pytestconfig.option.markexpr, str(program)],
         text=True,
         capture_output=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},

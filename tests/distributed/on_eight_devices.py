@@ -88,7 +88,11 @@ def updated(tx, dtype, place=lambda tree: tree, zero=None):
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [*((form, jnp.float32) for form in FORMS), ("uint8", jnp.bfloat16)],
+    [
+        ("plain", jnp.float32),
+        ("uint8", jnp.bfloat16),
+        *(pytest.param(form, jnp.float32, marks=pytest.mark.slow) for form in FORMS if form != "plain"),
+    ],
 )
 def test_same_numbers_on_every_mesh(form, dtype):
     """Bit for bit: the rule is elementwise, and rounding goes by an element's place in the whole array."""
