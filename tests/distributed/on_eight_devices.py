@@ -219,7 +219,7 @@ def test_zero_keeps_an_eighth_on_each_device(form):
     shapes = [x.shape for x in jax.tree.leaves(parts[0])]
     assert sorted(gathered) == sorted(("f32", ",".join(map(str, shape))) for shape in shapes)
     for x, expected in zip(jax.tree.leaves(parts[0]), jax.tree.leaves(whole[0]), strict=True):
-        np.testing.assert_array_equal(x, expected)  # of the same sums
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-3)  # as of a run on another mesh, above
 
 
 def test_zero_in_flax_nnx():
