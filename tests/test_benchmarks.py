@@ -15,11 +15,9 @@ from benchmarks import bandwidth, readme, scale, side_by_side, step, torch_side
 SHORT = {  # a benchmark, and how the lines that it is to print begin
     "eager": r" +10 (plain|momentum|centered, momentum) ",
     "scale": r"\| [\d,]+ \| ",
-    "step": r"(one leaf|transformer|200 leaves|2,000 leaves) +(plain|centered, momentum) ",
     "trace": r" +20 (plain|momentum|centered, momentum) ",
-    "train": r"(recurrent network|transformer) ",
 }
-ROWS = {"eager": 3, "scale": 8, "step": 8, "trace": 3, "train": 2}
+ROWS = {"eager": 3, "scale": 8, "trace": 3}
 
 
 def kept():

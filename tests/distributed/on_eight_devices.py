@@ -344,6 +344,8 @@ def test_accumulators_in_the_hosts_memory():
     kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
     if "pinned_host" not in kinds:
         pytest.skip(f"this backend has {kinds}")
+    if jax.__version_info__ < (0, 10) and jax.default_backend() == "cpu":
+        pytest.skip("XLA of that time places nothing in the host's memory on a mesh of CPU devices")
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx = rmsprop(0.01, momentum=0.9)
     expected = trained(tx, mesh, PartitionSpec(), zero=True, steps=5)[0]
