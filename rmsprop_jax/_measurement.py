@@ -10,7 +10,7 @@ import optax
 
 from rmsprop_jax import _checks, storage
 from rmsprop_jax.rows import RowGradient
-from rmsprop_jax.transform import ScaleByRmsState, wide
+from rmsprop_jax.transform import ScaleByRmsState, abs_sq, wide
 
 Figures = dict[str, jax.Array]  # by the layer's path
 
@@ -366,7 +366,7 @@ def _figures(g, u, p, nu, mu, decay, one_minus_decay, eps, step, *, eps_in_sqrt,
     g, u, p, nu = (x.astype(wide(x.dtype)) for x in map(jnp.asarray, (g, u, p, nu)))
     if mu is not None:
         mu = mu.astype(wide(mu.dtype))
-        nu = nu if ours else jnp.maximum(nu - _abs_sq(mu), 0)  # Optax keeps the raw moment
+        nu = nu if ours else jnp.maximum(nu - abs_sq(mu), 0)  # Optax keeps the raw moment
 
     gradient_rms, update_rms, accumulator_rms = _rms(g), _rms(u), jnp.sqrt(_mean(nu))
     noise = jnp.nan if mu is None else accumulator_rms / _rms(mu)
@@ -413,11 +413,7 @@ def _mean(x):
 
 
 def _rms(x):
-    return jnp.sqrt(_mean(_abs_sq(x)))
-
-
-def _abs_sq(x):
-    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+    return jnp.sqrt(_mean(abs_sq(x)))
 
 
 def _sample(x, most=4096):

@@ -160,13 +160,13 @@ def _rule(g, nu, mu, where, *, decay, one_minus_decay, eps, count, eps_in_sqrt, 
     g_clipped = _clip(g_wide, 2.0 ** (limits.maxexp // 2 - 2))  # its square is finite, and sums of a few
     nu_old = (nu if codec is None else codec.decode(nu)).astype(limits.dtype)
     if mu is None:
-        now = one_minus_decay * _abs_sq(g_clipped)
+        now = one_minus_decay * abs_sq(g_clipped)
     else:
         mean = one_minus_decay * g_clipped + decay * mu.astype(dtype)
         # With the old mean it is decay * (1 - decay) * (g - mu)^2, but then XLA copies an accumulator.
         # Where decay is below the rounding error, so are both.
         ratio = one_minus_decay / jnp.maximum(decay, limits.eps)
-        now = ratio * _abs_sq(g_clipped - mean)
+        now = ratio * abs_sq(g_clipped - mean)
         mu = mean.astype(mu.dtype)
     nu_new = now + decay * nu_old
     if codec is None:
@@ -220,7 +220,7 @@ def _real(dtype):
     return jnp.finfo(dtype).dtype
 
 
-def _abs_sq(x):
+def abs_sq(x):
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
