@@ -107,6 +107,9 @@ def scale_by_rms(
     _checks.flag("bias_correction", bias_correction)
     _checks.flag("centered", centered)
     codec = storage.named(accumulator)
+    numbers = {"decay": decay, "eps": eps}
+    constants = tuple((name, x) for name, x in numbers.items() if isinstance(x, float))
+    arrays = {name: x for name, x in numbers.items() if not isinstance(x, float)}
     if bias_correction and isinstance(initial_scale, float) and initial_scale != 0:
         raise ValueError(f"Invalid {initial_scale=}: bias_correction corrects a start from 0.")
 
@@ -124,12 +127,10 @@ def scale_by_rms(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         count = _incremented(state.count)
-        one_minus_decay = 1 - decay  # of the Python number: the float32 nearest 0.999 is off by 3e-5 of it
         rule = partial(
             _rule,
-            decay=decay,
-            one_minus_decay=one_minus_decay,
-            eps=eps,
+            constants=constants,
+            arrays=arrays,
             count=count if bias_correction else None,
             eps_in_sqrt=bool(eps_in_sqrt),
             codec=codec,
@@ -150,9 +151,12 @@ def scale_by_rms(
 _incremented = jax.jit(optax.safe_increment, inline=True)
 
 
-@partial(jax.jit, static_argnames=("eps_in_sqrt", "codec"))
-def _rule(g, nu, mu, where, *, decay, one_minus_decay, eps, count, eps_in_sqrt, codec):
+@partial(jax.jit, static_argnames=("constants", "eps_in_sqrt", "codec"))
+def _rule(g, nu, mu, where, *, constants, arrays, count, eps_in_sqrt, codec):
     """The equations for one leaf. Jitted: inside a jit it is free, and equal leaves are lowered once."""
+    numbers = dict(constants) | arrays  # constants of the program need not be passed to it for each leaf
+    decay, eps = numbers["decay"], numbers["eps"]
+    one_minus_decay = 1 - decay  # of the Python number: the float32 nearest 0.999 is off by 3e-5 of it
     dtype = wide(g.dtype)
     limits = jnp.finfo(dtype)
     decay, one_minus_decay, eps = (jnp.asarray(x, limits.dtype) for x in (decay, one_minus_decay, eps))
