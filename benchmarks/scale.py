@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import re
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rmsprop_jax
 from benchmarks.bandwidth import gigabytes_per_second, streams
-from benchmarks.side_by_side import alternate, environment, milliseconds, ratio, result, save
+from benchmarks.side_by_side import (
+    alternate,
+    built_twice,
+    environment,
+    milliseconds,
+    pooled,
+    ratio,
+    result,
+    save,
+)
 from benchmarks.step import Stepper
 
 MAKE = {"optax": optax.rmsprop, "ours": rmsprop_jax.rmsprop}
@@ -46,15 +56,15 @@ def kernels(compiled):
 
 def measure(params, rounds):
     """One point: times, kernels, bytes of state."""
-    sides = {name: Stepper(make(1e-3), params) for name, make in MAKE.items()}
+    sides = built_twice({name: partial(Stepper, make(1e-3), params) for name, make in MAKE.items()})
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    seconds = alternate(sides, rounds, repeat=max(1, min(20, int(2e6 / size))))
+    seconds = pooled(alternate(sides, rounds, repeat=max(1, min(20, int(2e6 / size)))))
     return {
         "parameters": size,
         "leaves": len(jax.tree.leaves(params)),
         "milliseconds": {name: milliseconds(times) for name, times in seconds.items()},
         "ratio": ratio(seconds["ours"], seconds["optax"]),
-        "kernels": {name: kernels(side.compiled) for name, side in sides.items()},
+        "kernels": {name: kernels(sides[name].compiled) for name in MAKE},
         "gigabytes_per_second": 20 * size / (milliseconds(seconds["ours"]) * 1e6),
         "state_bytes": {accumulator: state_bytes(params, accumulator) for accumulator in ACCUMULATORS},
     }

@@ -1,14 +1,15 @@
 """How long until the first step? Tracing, lowering and compiling an update and its addition, and their size.
 
 For 20 to 2,000 leaves of 64. Before each measurement JAX forgets everything that it has compiled, as in a
-process that begins. The rule is traced and lowered once for equal leaves and called for each. XLA puts the
-calls back in place before it compiles, which takes most of the time, and here longer than Optax's: the rule
-has more operations, those that keep a huge gradient and a zero one finite. The table has both.
+process that begins. The rule is traced and lowered once for equal leaves and called for each, its
+hyper-parameters constants in it: passed to it, they took a third of a call's lowering. Plainly, what is left
+to lower for each leaf is that call, Optax's multiplication by the learning rate and the addition; momentum
+adds two operations on either side.
 
-Plainly, what is left to lower for each leaf is that call, Optax's multiplication by the learning rate and the
-addition; momentum adds two operations on either side, so the advantage is smaller with it. A call costs as
-much as three operations to lower, a third of which are its three hyper-parameters. As one array they would
-save 54 microseconds a leaf here, and cost 175 to compile.
+XLA puts the calls back in place before it compiles, which takes most of the time, and here longer than
+Optax's: the rule has more operations, those that keep a huge gradient and a zero one finite. Without these,
+400 leaves compiled in 0.87 s, with them in 1.17, Optax's in 0.82; other ways to write them took as long or
+longer.
 """
 
 import argparse

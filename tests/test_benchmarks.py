@@ -71,6 +71,14 @@ def test_sides_take_turns_and_a_side_may_measure_itself():
     assert all(0 < s < math.inf for s in seconds["ours"])
 
 
+def test_what_is_built_twice_is_built_there_and_back_and_counts_as_one():
+    order = []
+    sides = side_by_side.built_twice({name: lambda name=name: order.append(name) or name for name in "ab"})
+    assert order == ["a", "b", "b", "a"]
+    seconds = {name: [float(i), 1.0] for i, name in enumerate(sides)} | {"alone": [7.0, 8.0]}
+    assert side_by_side.pooled(seconds) == {"a": [1.5, 1.0], "b": [1.5, 1.0], "alone": [7.0, 8.0]}
+
+
 @pytest.mark.parametrize("name", bandwidth.KERNELS)
 def test_a_stream_counts_the_bytes_of_its_arrays_and_runs_in_place(name):
     side = bandwidth.Stream(name, 1000)
