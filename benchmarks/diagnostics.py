@@ -61,7 +61,7 @@ def main(argv=None):
     )
     parser.add_argument("--short", action="store_true", help="a small network, a few rounds, nothing kept")
     short = parser.parse_args(argv).short
-    rounds, sizes = (3, (32, 4, 16)) if short else (30, (256, 32, 64))
+    rounds, sizes = (3, (32, 4, 16)) if short else (60, (256, 32, 64))
     tx = rmsprop(1e-3, decay=0.99)
     sides = {
         "without": Trainer(tx, *sizes),
