@@ -149,8 +149,8 @@ def draw(data, path):
     for axes, points, key in ((left, data["parameters"], "parameters"), (middle, data["leaves"], "leaves")):
         x = [p[key] for p in points]
         for name, style in (
-            ("optax", {"lw": 5, "alpha": 0.35}),
-            ("ours", {"lw": 1.7, "marker": "o", "ms": 4}),
+            ("optax", {"lw": 5, "alpha": 0.5, "color": "tab:orange"}),
+            ("ours", {"lw": 1.7, "marker": "o", "ms": 4, "color": "tab:blue"}),
         ):
             label = "optax.rmsprop" if name == "optax" else "rmsprop"
             axes.loglog(x, [p["milliseconds"][name] for p in points], label=label, **style)
