@@ -1,5 +1,7 @@
 """What XLA makes of a step: its memory, its copies, and how often it compiles."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,7 +9,7 @@ import pytest
 from jax import monitoring
 
 import rmsprop_jax
-from rmsprop_jax import rmsprop, warmup
+from rmsprop_jax import rmsprop, scale_by_rms, warmup
 
 FORMS = {
     "plain": {},
@@ -126,3 +128,10 @@ def assert_equal_leaves_are_lowered_once(tx):
 
 def test_equal_leaves_are_lowered_once():
     assert_equal_leaves_are_lowered_once(rmsprop(1e-3))
+
+
+@pytest.mark.parametrize(("decay", "operands"), [(0.9, 2), (jnp.float32(0.9), 3)], ids=["number", "array"])
+def test_only_arrays_are_passed_for_each_leaf(decay, operands):
+    tx = scale_by_rms(decay)
+    text = jax.jit(tx.update).lower(jnp.ones(64), tx.init(jnp.ones(64))).as_text()
+    assert [call.count("%") for call in re.findall(r"call @_rule\((.*?)\)", text)] == [operands]
