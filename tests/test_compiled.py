@@ -105,15 +105,20 @@ def test_the_second_step_compiles_nothing(form, compilations):
     assert compilations == []
 
 
-def test_without_jit_equal_leaves_compile_once_whatever_the_hyper_parameters(compilations):
-    params = [jnp.ones((5, 7)) for _ in range(20)]
-    tx = rmsprop(1e-3)
-    tx.update(params, tx.init(params))
-    compilations.clear()
-    for decay in (0.5, 0.9, 0.99):
+def test_without_jit_equal_leaves_compile_once(compilations):
+    def compiled_for(decay, leaves=20):
+        params = [jnp.ones((5, 7)) for _ in range(leaves)]
         tx = rmsprop(1e-3, decay)
-        tx.update(params, tx.init(params))
-    assert compilations == []
+        state = tx.init(params)
+        compilations.clear()
+        tx.update(params, state)
+        return len(compilations)
+
+    compiled_for(0.9, leaves=1)
+    assert compiled_for(0.9) == 0
+    assert compiled_for(0.8) == 1  # a number is a constant of the rule
+    compiled_for(jnp.float32(0.9))
+    assert compiled_for(jnp.float32(0.7)) == 0  # an array, as inject_hyperparams has it, is not
 
 
 def assert_equal_leaves_are_lowered_once(tx):
