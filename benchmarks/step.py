@@ -20,11 +20,11 @@ the caches what the first one left, the step was 10% faster. That is not done he
 forced by making each leaf depend on a number from the one before, and in shards that is a message between
 devices.
 
-Why centred is above Optax on the transformer's tree. Optax's two raw moments are independent loops, one after
-the other, so that the second finds the gradient in the caches; here the variance needs the new mean, and its
-loop comes after those of all leaves' means, which makes 44 bytes to Optax's 40. From the old mean, XLA copies
-an accumulator for every leaf; with the mean made to wait for the variance it does not, but that was slower
-still (1.09 of Optax where this was 1.06).
+Why centred is above Optax on the transformer's tree, as far as we can tell. Optax's two raw moments are
+independent loops, one after the other, so that the second may find the gradient in the caches; here the
+variance needs the new mean, and its loop comes after those of all leaves' means, which would make 44 bytes to
+Optax's 40. From the old mean, XLA copies an accumulator for every leaf; with the mean made to wait for the
+variance it does not, but that was slower still (1.09 of Optax where this was 1.06).
 
 PyTorch's foreach passes over its tensors five times, 52 bytes per parameter by count; with 28 here, five
 times its speed is out of reach while both are bound by memory.

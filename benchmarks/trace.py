@@ -2,9 +2,9 @@
 
 For 20 to 2,000 leaves of 64. Before each measurement JAX forgets everything that it has compiled, as in a
 process that begins. The rule is traced and lowered once for equal leaves and called for each, its
-hyper-parameters constants in it: passed to it, they took a third of a call's lowering. Plainly, what is left
-to lower for each leaf is that call, Optax's multiplication by the learning rate and the addition; momentum
-adds two operations on either side.
+hyper-parameters constants in it: passed to it, they made lowering a third longer. Plainly, what is left to
+lower for each leaf is that call, Optax's multiplication by the learning rate and the addition; momentum adds
+two operations on either side.
 
 XLA puts the calls back in place before it compiles, which takes most of the time, and here longer than
 Optax's: the rule has more operations, those that keep a huge gradient and a zero one finite. Without these,
