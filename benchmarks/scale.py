@@ -19,11 +19,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rmsprop_jax
 from benchmarks.bandwidth import gigabytes_per_second, streams
+from benchmarks.eager import PACKAGES
 from benchmarks.side_by_side import (
     alternate,
     built_twice,
@@ -36,7 +36,6 @@ from benchmarks.side_by_side import (
 )
 from benchmarks.step import Stepper
 
-MAKE = {"optax": optax.rmsprop, "ours": rmsprop_jax.rmsprop}
 ACCUMULATORS = ("float32", "bfloat16", "uint8")
 
 
@@ -56,7 +55,9 @@ def kernels(compiled):
 
 def measure(params, rounds):
     """One point: times, kernels, bytes of state."""
-    sides = built_twice({name: partial(Stepper, make(1e-3), params) for name, make in MAKE.items()})
+    sides = built_twice(
+        {name: partial(Stepper, package.rmsprop(1e-3), params) for name, package in PACKAGES.items()}
+    )
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     seconds = pooled(alternate(sides, rounds, repeat=max(1, min(20, int(2e6 / size)))))
     return {
@@ -64,7 +65,7 @@ def measure(params, rounds):
         "leaves": len(jax.tree.leaves(params)),
         "milliseconds": {name: milliseconds(times) for name, times in seconds.items()},
         "ratio": ratio(seconds["ours"], seconds["optax"]),
-        "kernels": {name: kernels(sides[name].compiled) for name in MAKE},
+        "kernels": {name: kernels(sides[name].compiled) for name in PACKAGES},
         "gigabytes_per_second": 20 * size / (milliseconds(seconds["ours"]) * 1e6),
         "state_bytes": {accumulator: state_bytes(params, accumulator) for accumulator in ACCUMULATORS},
     }

@@ -34,13 +34,14 @@ import argparse
 import importlib.util
 import os
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 
-import rmsprop_jax
 from benchmarks.bandwidth import gigabytes_per_second, streams
+from benchmarks.eager import PACKAGES
 from benchmarks.side_by_side import (
     alternate,
     built_twice,
@@ -164,8 +165,8 @@ def compare(tree, form, params, torch, rounds, short):
     size = sum(leaf.size for leaf in leaves)
     sides = built_twice(
         {
-            "optax": lambda: Stepper(optax.rmsprop(1e-3, **options), params),
-            "ours": lambda: Stepper(rmsprop_jax.rmsprop(1e-3, **options), params),
+            name: partial(Stepper, package.rmsprop(1e-3, **options), params)
+            for name, package in PACKAGES.items()
         }
     )
     if has_keras():

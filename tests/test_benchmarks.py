@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import bandwidth, readme, scale, side_by_side, step, torch_side
 
+# The quick ones: `python -m benchmarks` runs all, in three minutes.
 SHORT = {  # a benchmark, and how the lines that it is to print begin
     "eager": r" +10 (plain|momentum|centered, momentum) ",
     "scale": r"\| [\d,]+ \| ",
