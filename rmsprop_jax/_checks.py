@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -50,7 +51,33 @@ def precise_number(name: str, value: jax.typing.ArrayLike, **bounds: float) -> f
     return value
 
 
-def flag(name: str, value: bool) -> None:
-    """Raises ValueError unless `value` is a Python or NumPy bool: positional slips end here."""
+def decay(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
+    """`precise_number` in [0, 1), of a running mean or a momentum buffer."""
+    return precise_number(name, value, below=1)
+
+
+def learning_rate(name: str, value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    """A schedule as it is, a number as `number` returns it."""
+    return value if callable(value) else number(name, value)
+
+
+def whole_number(name: str, value: int, least: int = 0) -> int:
+    """Returns a Python or NumPy integer after checking that it is `least` or more.
+
+    Raises:
+      ValueError: if it is less, or no integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"Invalid {name}: {name}={value!r}, expected a whole number, {least} or more.")
+    return int(value)
+
+
+def flag(name: str, value: bool) -> bool:
+    """Returns a Python or NumPy bool as a bool; catches misplaced positional arguments.
+
+    Raises:
+      ValueError: if it is neither.
+    """
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"Invalid {name}: {name}={value!r}, expected True or False.")
+    return bool(value)

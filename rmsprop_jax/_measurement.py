@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax import _checks, storage
-from rmsprop_jax.rows import RowGradient
-from rmsprop_jax.transform import ScaleByRmsState, abs_sq, wide
+from rmsprop_jax import _checks, accumulators
+from rmsprop_jax._dtypes import abs_sq, wide
+from rmsprop_jax._row_gradient import RowGradient
+from rmsprop_jax._states import ScaleByRmsState
 
 Figures = dict[str, jax.Array]  # by the layer's path
 
@@ -76,7 +77,7 @@ def measure(
     decay: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_in_sqrt: bool = True,
-    accumulator: str | storage.Accumulator | None = None,
+    accumulator: str | accumulators.Accumulator | None = None,
     count: jax.typing.ArrayLike | None = None,
 ) -> Measurement:
     """Measures one update: a pure function, for use inside `jax.jit` and `jax.lax.scan` too.
@@ -90,8 +91,8 @@ def measure(
       decay: as for :func:`rmsprop_jax.rmsprop`; the state does not tell.
       eps: as for :func:`rmsprop_jax.rmsprop`.
       eps_in_sqrt: as for :func:`rmsprop_jax.rmsprop`.
-      accumulator: how `nu` is kept, where its dtype does not tell: one of your own, or `storage.Uint8` with
-        another exponent.
+      accumulator: how `nu` is kept, where its dtype does not tell: one of your own, or `Uint8` with another
+        exponent.
       count: updates so far, this one included; needed where the state does not count them, as that of
         ``optax.rmsprop(1e-3)`` does not.
 
@@ -143,7 +144,7 @@ def watch(
     decay: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_in_sqrt: bool = True,
-    accumulator: str | storage.Accumulator | None = None,
+    accumulator: str | accumulators.Accumulator | None = None,
     capacity: int = 512,
 ) -> optax.GradientTransformationExtraArgs:
     """`tx`, measured at its first update and every `every` after it; its updates are the same.
@@ -274,7 +275,7 @@ def _array(x):
 def _table(grads, state, updates, params, decay, eps, eps_in_sqrt, accumulator, count):
     """Figures of shape (fields, layers), the step, and the layers' names."""
     decay, eps = _checked(decay, eps, eps_in_sqrt)
-    codec = None if accumulator is None else storage.named(accumulator)
+    codec = None if accumulator is None else accumulators.named(accumulator)
     found = _accumulators(state)
     trees = {"grads": _by_name(grads), "updates": _by_name(updates), "params": _by_name(params)}
     columns = []
@@ -362,7 +363,7 @@ def _is_rms(x):
 def _figures(g, u, p, nu, mu, decay, one_minus_decay, eps, step, *, eps_in_sqrt, codec, ours):
     """The fields of a Measurement but for `step`, in their order, for one layer."""
     kept = nu
-    nu = storage.decoded(nu, codec) if ours else nu
+    nu = accumulators.decoded(nu, codec) if ours else nu
     g, u, p, nu = (x.astype(wide(x.dtype)) for x in map(jnp.asarray, (g, u, p, nu)))
     if mu is not None:
         mu = mu.astype(wide(mu.dtype))

@@ -33,14 +33,16 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax import _checks
-from rmsprop_jax.optimizer import at_least_float32, decayed_weights, rmsprop
+from rmsprop_jax._parts import chain, decayed_weights
+from rmsprop_jax.optimizer import rmsprop
+from rmsprop_jax.transform import Transformation
 
 
 def hinton(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     beta: jax.typing.ArrayLike = 0.9,
     epsilon: jax.typing.ArrayLike = 1e-8,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""The lecture's RMSProp (Tieleman and Hinton, Lecture 6.5, 2012).
 
     .. math::
@@ -49,8 +51,13 @@ def hinton(
 
     The slides give beta 0.9, and Hinton suggests a learning rate of 0.001; epsilon is later custom.
     """
-    learning_rate = _learning_rate("learning_rate", learning_rate)
-    return rmsprop(learning_rate, _decay("beta", beta), _eps("epsilon", epsilon), eps_in_sqrt=False)
+    learning_rate = _checks.learning_rate("learning_rate", learning_rate)
+    return rmsprop(
+        learning_rate,
+        _checks.decay("beta", beta),
+        _checks.precise_number("epsilon", epsilon),
+        eps_in_sqrt=False,
+    )
 
 
 def torch(
@@ -62,7 +69,7 @@ def torch(
     centered: bool = False,
     *,
     maximize: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""`torch.optim.RMSprop`, as read in PyTorch 2.13.
 
     .. math::
@@ -85,8 +92,8 @@ def torch(
     """
     _checks.flag("maximize", maximize)
     tx = rmsprop(
-        _learning_rate("lr", lr),
-        _decay("alpha", alpha),
+        _checks.learning_rate("lr", lr),
+        _checks.decay("alpha", alpha),
         eps,
         eps_in_sqrt=False,
         centered=centered,
@@ -94,7 +101,7 @@ def torch(
         lr_in_momentum=False,
     )
     ascent = optax.scale(-1.0) if maximize else optax.identity()
-    return _chain(ascent, _coupled_decay(weight_decay), tx)
+    return chain(ascent, _coupled_decay(weight_decay), tx)
 
 
 def keras(
@@ -107,7 +114,7 @@ def keras(
     clipnorm: jax.typing.ArrayLike | None = None,
     clipvalue: jax.typing.ArrayLike | None = None,
     global_clipnorm: jax.typing.ArrayLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""`keras.optimizers.RMSprop`, as read in Keras 3.15.
 
     .. math::
@@ -123,16 +130,16 @@ def keras(
     Raises:
       ValueError: for more than one of the clip arguments.
     """
-    learning_rate = _learning_rate("learning_rate", learning_rate)
+    learning_rate = _checks.learning_rate("learning_rate", learning_rate)
     tx = rmsprop(
         learning_rate,
-        _decay("rho", rho),
-        _eps("epsilon", epsilon),
+        _checks.decay("rho", rho),
+        _checks.precise_number("epsilon", epsilon),
         centered=centered,
         momentum=_momentum(momentum),
         weight_decay=0.0 if weight_decay is None else weight_decay,
     )
-    return _chain(_clip(clipnorm=clipnorm, clipvalue=clipvalue, global_clipnorm=global_clipnorm), tx)
+    return chain(_clip(clipnorm=clipnorm, clipvalue=clipvalue, global_clipnorm=global_clipnorm), tx)
 
 
 def tensorflow(
@@ -141,7 +148,7 @@ def tensorflow(
     momentum: jax.typing.ArrayLike = 0.0,
     epsilon: jax.typing.ArrayLike = 1e-10,
     centered: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""`tf.compat.v1.train.RMSPropOptimizer`, as read in TensorFlow 2.21; its accumulator starts from 1.
 
     .. math::
@@ -161,9 +168,9 @@ def tensorflow(
       [-0.0526 -0.1051]
     """
     return rmsprop(
-        _learning_rate("learning_rate", learning_rate),
+        _checks.learning_rate("learning_rate", learning_rate),
         decay,
-        _eps("epsilon", epsilon),
+        _checks.precise_number("epsilon", epsilon),
         initial_scale=1.0,
         centered=centered,
         momentum=_momentum(momentum),
@@ -183,7 +190,7 @@ def timm(
     caution: bool = False,
     *,
     max_lr: jax.typing.ArrayLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""`timm.optim.RMSpropTF`, as read in timm 1.0.31: TensorFlow's rule with PyTorch's weight decay.
 
     .. math::
@@ -208,17 +215,17 @@ def timm(
     _checks.flag("decoupled_decay", decoupled_decay)
     _checks.flag("corrected_weight_decay", corrected_weight_decay)
     _checks.flag("caution", caution)
-    lr = _learning_rate("lr", lr)
+    lr = _checks.learning_rate("lr", lr)
     momentum = _momentum(momentum)
     decay_rate = _corrected(lr, max_lr) if corrected_weight_decay else lr
     tx = rmsprop(
-        lr, _decay("alpha", alpha), eps, 1.0, True, centered, momentum, lr_in_momentum=lr_in_momentum
+        lr, _checks.decay("alpha", alpha), eps, 1.0, True, centered, momentum, lr_in_momentum=lr_in_momentum
     )
     if caution and momentum is not None:
         tx = _cautious(tx)
     if decoupled_decay:
-        return _chain(tx, decayed_weights(_weight_decay(weight_decay), None, decay_rate))
-    return _chain(_coupled_decay(weight_decay), tx)
+        return chain(tx, decayed_weights(_checks.number("weight_decay", weight_decay), None, decay_rate))
+    return chain(_coupled_decay(weight_decay), tx)
 
 
 def sonnet(
@@ -227,7 +234,7 @@ def sonnet(
     momentum: jax.typing.ArrayLike = 0.0,
     epsilon: jax.typing.ArrayLike = 1e-10,
     centered: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""`sonnet.optimizers.RMSProp`, as read in Sonnet 2.0.2.
 
     .. math::
@@ -235,8 +242,8 @@ def sonnet(
       b_t &= \mu b_{t-1} + \text{lr}_t g_t / \sqrt{v_t + \epsilon} \\
       p_t &= p_{t-1} - b_t
     """
-    learning_rate = _learning_rate("learning_rate", learning_rate)
-    epsilon = _eps("epsilon", epsilon)
+    learning_rate = _checks.learning_rate("learning_rate", learning_rate)
+    epsilon = _checks.precise_number("epsilon", epsilon)
     return rmsprop(learning_rate, decay, epsilon, centered=centered, momentum=_momentum(momentum))
 
 
@@ -244,7 +251,7 @@ def mlx(
     learning_rate: optax.ScalarOrSchedule,
     alpha: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""`mlx.optimizers.RMSprop`, as read in MLX 0.32.
 
     .. math::
@@ -254,11 +261,11 @@ def mlx(
     Raises:
       ValueError: for an `eps` of 0 too.
     """
-    eps = _eps("eps", eps)
+    eps = _checks.precise_number("eps", eps)
     if isinstance(eps, float) and eps == 0:
         raise ValueError(f"Invalid eps: {eps=}, expected a number above 0.")
-    learning_rate = _learning_rate("learning_rate", learning_rate)
-    return rmsprop(learning_rate, _decay("alpha", alpha), eps, eps_in_sqrt=False)
+    learning_rate = _checks.learning_rate("learning_rate", learning_rate)
+    return rmsprop(learning_rate, _checks.decay("alpha", alpha), eps, eps_in_sqrt=False)
 
 
 def graves(
@@ -266,7 +273,7 @@ def graves(
     decay: jax.typing.ArrayLike = 0.95,
     momentum: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-4,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""The centred RMSProp of Graves, *Generating Sequences With Recurrent Neural Networks*, 2013, eq. 38-45.
 
     .. math::
@@ -284,7 +291,7 @@ def dqn(
     learning_rate: optax.ScalarOrSchedule = 2.5e-4,
     decay: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 0.01,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""The centred RMSProp of DQN (Mnih et al., Nature, 2015), as in its published Lua code.
 
     .. math::
@@ -305,7 +312,7 @@ def stable_baselines3(
     weight_decay: jax.typing.ArrayLike = 0.0,
     momentum: jax.typing.ArrayLike = 0.0,
     centered: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""`stable_baselines3.common.sb2_compat.rmsprop_tf_like.RMSpropTFLike`, as read in Stable-Baselines3 2.9.
 
     .. math::
@@ -318,15 +325,15 @@ def stable_baselines3(
     own default is `torch` with the same numbers.
     """
     tx = rmsprop(
-        _learning_rate("lr", lr),
-        _decay("alpha", alpha),
+        _checks.learning_rate("lr", lr),
+        _checks.decay("alpha", alpha),
         eps,
         initial_scale=1.0,
         centered=centered,
         momentum=_momentum(momentum),
         lr_in_momentum=False,
     )
-    return _chain(_coupled_decay(weight_decay), tx)
+    return chain(_coupled_decay(weight_decay), tx)
 
 
 def mxnet(
@@ -336,7 +343,7 @@ def mxnet(
     epsilon: jax.typing.ArrayLike = 1e-8,
     centered: bool = False,
     wd: jax.typing.ArrayLike = 0.0,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""`mxnet.optimizer.RMSProp`, as read in the Python step of MXNet 2.0.
 
     .. math::
@@ -349,46 +356,25 @@ def mxnet(
     """
     _checks.flag("centered", centered)
     tx = rmsprop(
-        _learning_rate("learning_rate", learning_rate),
-        _decay("rho", rho),
-        _eps("epsilon", epsilon),
+        _checks.learning_rate("learning_rate", learning_rate),
+        _checks.decay("rho", rho),
+        _checks.precise_number("epsilon", epsilon),
         eps_in_sqrt=centered,
         centered=centered,
         momentum=_momentum(momentum) if centered else None,
     )
-    return _chain(_coupled_decay(wd, "wd"), tx)
-
-
-def _chain(*parts):
-    """The parts one after the other, on gradients of float32 at least."""
-    return at_least_float32(optax.chain(*parts))
-
-
-def _learning_rate(name, value):
-    return value if callable(value) else _checks.number(name, value)
-
-
-def _decay(name, value):
-    return _checks.precise_number(name, value, below=1)
-
-
-def _eps(name, value):
-    return _checks.precise_number(name, value)
+    return chain(_coupled_decay(wd, "wd"), tx)
 
 
 def _momentum(value):
-    """None for the 0 by which the frameworks say that there is no momentum."""
-    value = _checks.precise_number("momentum", value, below=1)
+    """Frameworks write 0 for no momentum, Optax None."""
+    value = _checks.decay("momentum", value)
     return None if isinstance(value, float) and value == 0 else value
-
-
-def _weight_decay(value, name="weight_decay"):
-    return _checks.number(name, value)
 
 
 def _coupled_decay(value, name="weight_decay"):
     """Weight decay as a penalty: weight_decay * p is added to the gradient."""
-    return decayed_weights(_weight_decay(value, name), None)
+    return decayed_weights(_checks.number(name, value), None)
 
 
 def _clip(**limits):
@@ -438,4 +424,4 @@ def _cautious(inner):
         steps, state = inner.update(updates, state, params, **extra_args)
         return jax.tree.map(mask, steps, updates), state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return inner._replace(update=update_fn)

@@ -17,8 +17,7 @@ number of updates move, with what differs between the frameworks,
 `to_torch` and `to_keras` do the same for the other framework's state. The accumulators are found by their
 type, so the optimizer may be any chain or wrapper of Optax's around :func:`rmsprop_jax.rmsprop`.
 
-Accumulators of :mod:`rmsprop_jax.storage` are decoded on the way out and encoded on the way in; one of your
-own goes through :func:`rmsprop_jax.storage.convert`.
+Accumulators of :mod:`rmsprop_jax.accumulators` are decoded on the way out and encoded on the way in.
 
 **Names.** `names` maps the other framework's parameter names to paths in the parameters' tree, such as
 ``{"fc.bias": "fc/bias", "fc.weight": ("fc/kernel", (1, 0))}``: the keys and indices on the way to the leaf,
@@ -38,8 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax import storage
-from rmsprop_jax.transform import ScaleByRmsState
+from rmsprop_jax import accumulators
+from rmsprop_jax._states import ScaleByRmsState
 
 Names = Mapping[str, str | tuple[str, Sequence[int]]]
 Tensors = Mapping[str, Any] | str | os.PathLike
@@ -379,7 +378,7 @@ def _buffer(theirs_has_it, ours_has_it, learning_rate):
 
 def _moments(state):
     """The moments and momentum buffers, {(what, path): array}, and the number of updates so far."""
-    state = storage.convert(state, "float32")
+    state = accumulators.convert(state, "float32")
     arrays = {key: _numpy(x) for key, x in _accumulators(state).items()}
     if not any(what == "E[g^2]" for what, _ in arrays):
         raise ValueError("The state has no RMSProp in it.")
@@ -415,14 +414,14 @@ def _nodes(state):
 
 def _with_moments(state, arrays, count):
     """`state` with its moments and momentum buffers from `arrays`, and every count from `count`."""
-    filled = _with_moments_in_float32(storage.convert(state, "float32"), arrays, count)
+    filled = _with_moments_in_float32(accumulators.convert(state, "float32"), arrays, count)
     kept = {
         leaf.dtype.name
         for node in _nodes(state)
         if isinstance(node, ScaleByRmsState)
         for leaf in jax.tree.leaves(node.nu)
     }
-    return storage.convert(filled, kept.pop()) if kept in ({"bfloat16"}, {"uint8"}) else filled
+    return accumulators.convert(filled, kept.pop()) if kept in ({"bfloat16"}, {"uint8"}) else filled
 
 
 def _with_moments_in_float32(state, arrays, count):

@@ -9,16 +9,12 @@ with u_t from `scale_by_rms`. They differ whenever the learning rate changes. We
 (Loshchilov and Hutter, 2019): p_t is reduced by learning_rate * weight_decay * p_{t-1} outside of both.
 """
 
-import itertools
-from functools import partial
-
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from rmsprop_jax import _checks, rounding, storage
-from rmsprop_jax.transform import dtype_of, full_like, narrow, scale_by_rms, wide
+from rmsprop_jax import _checks, accumulators
+from rmsprop_jax._parts import chain, counted, decayed_weights, trace
+from rmsprop_jax.transform import Transformation, scale_by_rms
 
 
 def rmsprop(
@@ -35,9 +31,9 @@ def rmsprop(
     lr_in_momentum: bool = True,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: optax.MaskOrFn | None = None,
-    accumulator: str | storage.Accumulator = "float32",
+    accumulator: str | accumulators.Accumulator = "float32",
     momentum_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     r"""RMSProp: each parameter's step is divided by the running root mean square of its gradients.
 
     .. math::
@@ -65,14 +61,15 @@ def rmsprop(
         ``learning_rate * weight_decay`` of itself, outside of `nu` and of the momentum buffer. At least 0.
       mask: which parameters decay: a tree of bools with the parameters' structure or a prefix of it, or a
         function from the parameters to one; None for all.
-      accumulator: how `nu` is kept between updates, see :func:`rmsprop_jax.scale_by_rms`.
-      momentum_dtype: dtype in which the momentum buffer is kept between updates, such as "bfloat16" (its
+      accumulator: how `nu` is stored between updates, see :func:`rmsprop_jax.scale_by_rms`.
+      momentum_dtype: dtype in which the momentum buffer is stored between updates, such as "bfloat16" (its
         name, as :func:`optax.inject_hyperparams` takes a class for a schedule), rounded without bias; None
         for float32, or float64 for 64-bit parameters. Complex parameters keep their dtype.
 
     Returns:
-      An :class:`optax.GradientTransformationExtraArgs`. Its state is the chain's: a tuple that begins with
-      :class:`rmsprop_jax.ScaleByRmsState`; ``optax.tree.get(state, "nu")`` finds the accumulator.
+      An :class:`optax.GradientTransformationExtraArgs` that knows its settings. Its state is the chain's: a
+      tuple that begins with :class:`rmsprop_jax.ScaleByRmsState`; ``optax.tree.get(state, "nu")`` finds the
+      accumulator.
 
     Raises:
       ValueError: as :func:`rmsprop_jax.scale_by_rms`, and for a concrete `learning_rate`, `momentum`,
@@ -105,106 +102,20 @@ def rmsprop(
       Loshchilov and Hutter, `Decoupled Weight Decay Regularization
       <https://arxiv.org/abs/1711.05101>`_, 2019
     """
-    if not callable(learning_rate):
-        learning_rate = _checks.number("learning_rate", learning_rate)
+    learning_rate = _checks.learning_rate("learning_rate", learning_rate)
     weight_decay = _checks.number("weight_decay", weight_decay)
-    _checks.flag("nesterov", nesterov)
-    _checks.flag("lr_in_momentum", lr_in_momentum)
+    nesterov = _checks.flag("nesterov", nesterov)
+    lr_in_momentum = _checks.flag("lr_in_momentum", lr_in_momentum)
 
     scale = scale_by_rms(
         decay, eps, initial_scale, eps_in_sqrt, bias_correction, centered=centered, accumulator=accumulator
     )
     lr = optax.scale_by_learning_rate(learning_rate)
-    trace = optax.identity() if momentum is None else _trace(momentum, nesterov, momentum_dtype)
+    buffer = trace(momentum, nesterov, momentum_dtype)
     if momentum is None or not lr_in_momentum:
-        parts = [trace, decayed_weights(weight_decay, mask), lr]
+        parts = [buffer, decayed_weights(weight_decay, mask), lr]
     else:
-        # Out of the buffer the updates have their sign and learning rate, and the weights bring their own.
-        parts = [lr, trace, decayed_weights(weight_decay, mask, learning_rate)]
-    return at_least_float32(_counted(optax.chain(scale, *parts)))
-
-
-def at_least_float32(inner):
-    """`inner` on gradients widened to float32; its updates in the gradients' dtypes."""
-
-    def update_fn(updates, state, params=None, **extra_args):
-        dtypes = jax.tree.map(dtype_of, updates)
-        updates, state = inner.update(_widen(updates), state, params, **extra_args)
-        return jax.tree.map(narrow, updates, dtypes), state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
-
-
-def _counted(inner):
-    """`inner`, a chain that begins with `scale_by_rms`, with its count of updates for the parts after it."""
-
-    def update_fn(updates, state, params=None, **extra_args):
-        return inner.update(updates, state, params, **extra_args, rms_count=state[0].count)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
-
-
-def _trace(decay, nesterov, dtype):
-    """`optax.trace`, computed in float32 at least and kept between updates in `dtype`."""
-    decay = _checks.precise_number("momentum", decay, below=1)
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"Invalid momentum_dtype: momentum_dtype={dtype!r}, expected a floating dtype.")
-
-    def init_fn(params):
-        def zeros(p):
-            own = wide(dtype_of(p))
-            return full_like(p, 0, own if dtype is None or jnp.iscomplexobj(p) else dtype)
-
-        return optax.TraceState(jax.tree.map(zeros, params))
-
-    def update_fn(updates, state, params=None, *, rms_count, **extra_args):
-        del params, extra_args
-        leaf = itertools.count()
-
-        def kept(new, old):
-            if new.dtype == old.dtype:
-                return new
-            # From the other end of the integers, so that they are not the thresholds of the accumulators.
-            where = np.uint32(2**32 - 1 - next(leaf))
-            return rounding.to_dtype(new, old.dtype, rounding.thresholds(new.shape, where, rms_count))
-
-        def traced(buffers):
-            return jax.tree.map(lambda g, buffer: _traced(g, buffer, decay), updates, buffers)
-
-        new = traced(_widen(state.trace))
-        updates = traced(new) if nesterov else new
-        return updates, optax.TraceState(jax.tree.map(kept, new, state.trace))
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-@partial(jax.jit, inline=True)
-def _traced(g, buffer, decay):
-    """`optax.trace` of one leaf. Where nothing is jitted: one operation instead of two."""
-    return optax.trace(decay).update(g, optax.TraceState(buffer))[0]
-
-
-def decayed_weights(weight_decay, mask, learning_rate=None):
-    """Adds weight_decay * p to the updates or, given the learning rate, -learning_rate * weight_decay * p."""
-    if isinstance(weight_decay, float) and weight_decay == 0:
-        return optax.identity()  # which needs no parameters
-    if learning_rate is None:
-        factor = weight_decay
-    elif callable(learning_rate):
-        factor = lambda count: -learning_rate(count) * weight_decay  # noqa: E731
-    else:
-        factor = -learning_rate * weight_decay
-    inner = optax.add_decayed_weights(factor, mask)
-
-    def update_fn(updates, state, params=None):
-        return inner.update(updates, state, _widen(params))
-
-    return optax.GradientTransformation(inner.init, update_fn)
-
-
-def _widen(tree):
-    def widen(x):
-        dtype = wide(dtype_of(x))
-        return x if dtype == dtype_of(x) else x.astype(dtype)
-
-    return jax.tree.map(widen, tree)
+        # After the buffer the updates are already scaled by -learning_rate, so the decay term must be
+        # scaled by it too.
+        parts = [lr, buffer, decayed_weights(weight_decay, mask, learning_rate)]
+    return counted(chain(scale, *parts))

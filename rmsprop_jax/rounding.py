@@ -17,23 +17,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# 2^32 times a fraction whose multiples fill [0, 1) evenly. The golden ratio's do so best, but every 8th of
-# them is close to the one before; of this one's none is at periods that gradients may well have, 2 to 16.
+# 2^32 times a fraction whose multiples fill [0, 1) evenly. Multiples of the golden ratio are spread most
+# evenly, but 8 steps nearly return to the start. This constant has no near-return at lags 2 to 16, periods
+# that gradients are likely to have.
 _TURN = np.uint32(round(0.277076 * 2**32) | 1)
 # One for each axis, odd; the first few are 2^32 times the fractions of the square roots of 2, 3, 5, 7, ...
 _AXES = [int(np.sqrt(n) % 1 * 2**32) | 1 for n in (2, 3, 5, 7, 11, 13, 17, 19)]
 
 
-def thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, count: jax.typing.ArrayLike) -> jax.Array:
+def thresholds(
+    shape: tuple[int, ...],
+    leaf: jax.typing.ArrayLike,
+    count: jax.typing.ArrayLike,
+    rows: jax.Array | None = None,
+) -> jax.Array:
     """Thresholds for every element of a leaf, uint32, each equally likely.
 
     Args:
-      shape: of the leaf, the whole of it.
+      shape: of the leaf, the whole of it, or of some of its rows.
       leaf: its number in the tree, or any integer that tells it from other leaves, may be traced.
       count: the step, an integer, may be traced.
+      rows: the indices of these rows in the whole leaf, integers of shape (shape[0],); None for all.
     """
     phase = mixed(jnp.asarray(leaf).astype(jnp.uint32)) + jnp.asarray(count).astype(jnp.uint32) * _TURN
-    return _scattered(shape) + phase
+    return _scattered(shape, rows) + phase
 
 
 def random_thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, seed: jax.Array) -> jax.Array:
@@ -83,10 +90,14 @@ def mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 15)
 
 
-def _scattered(shape):
+def _scattered(shape, rows=None):
     """A hash of each element's index in the whole array."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         factor = np.uint32(_AXES[axis % len(_AXES)])
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * factor
+        if axis == 0 and rows is not None:
+            along = jax.lax.broadcast_in_dim(rows.astype(jnp.uint32), shape, (0,))
+        else:
+            along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index += along * factor
     return index

@@ -7,7 +7,6 @@ from a zero start too small a one, by a factor of up to 1/sqrt(1 - decay). The a
     learning_rate_t = min(1, t / steps) * learning_rate,   steps = 2 / (1 - decay),   t = 1, 2, ...
 """
 
-import numpy as np
 import optax
 
 from rmsprop_jax import _checks
@@ -46,13 +45,13 @@ def warmup(
       Ma and Yarats, `On the adequacy of untuned warmup for adaptive optimization
       <https://arxiv.org/abs/1910.04209>`_, 2019
     """
+    learning_rate = _checks.learning_rate("learning_rate", learning_rate)
     if not callable(learning_rate):
-        learning_rate = optax.constant_schedule(_checks.number("learning_rate", learning_rate))
+        learning_rate = optax.constant_schedule(learning_rate)
     memory = 1 / (1 - _checks.number("decay", decay, below=1))
     if steps is None:
         steps = round(2 * float(memory))
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
-        raise ValueError(f"Invalid steps: {steps=}, expected a whole number, 0 or more.")
+    steps = _checks.whole_number("steps", steps)
     if steps == 0:
         return learning_rate
 

@@ -6,13 +6,13 @@ state. Stage 1 of ZeRO (Rajbhandari et al., 2020) splits it over them: of each a
 updates 1/n, and XLA gathers the new parameters, which every device would otherwise have computed itself.
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    params = jax.device_put(params, everywhere)
-    in_parts = state_sharding(tx, params, mesh, "data")
-    state = jax.jit(tx.init, out_shardings=in_parts)(params)  # not one device ever holds all of it
+    replicated = NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(params, replicated)
+    zero1 = state_sharding(tx, params, mesh, "data")
+    state = jax.jit(tx.init, out_shardings=zero1)(params)  # not one device ever holds all of it
 
-    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(everywhere, in_parts))
-    def step(params, state, batch):  # the batch in parts: NamedSharding(mesh, PartitionSpec("data"))
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(replicated, zero1))
+    def step(params, state, batch):  # the batch sharded over 'data'
         updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
         return optax.apply_updates(params, updates), state
 
@@ -20,19 +20,19 @@ On a mesh with explicit axes the updates come in parts: `jax.sharding.reshard(up
 
 **Flax NNX.** The optimizer calls `init`, so that is what has to know:
 
-    in_parts = state_sharding(tx, nnx.state(model, nnx.Param), mesh, "data")
-    tx_in_parts = tx._replace(init=jax.jit(tx.init, out_shardings=in_parts))
-    optimizer = nnx.Optimizer(model, tx_in_parts, wrt=nnx.Param)
+    zero1 = state_sharding(tx, nnx.state(model, nnx.Param), mesh, "data")
+    tx_zero1 = tx._replace(init=jax.jit(tx.init, out_shardings=zero1))
+    optimizer = nnx.Optimizer(model, tx_zero1, wrt=nnx.Param)
 
 **In the host's memory.** Where the backend has pinned host memory, the state can wait there between steps,
 and crosses the bus twice in each:
 
-    on_host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), in_parts)
+    on_host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), zero1)
     state = jax.jit(tx.init, out_shardings=on_host)(params)
 
-    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(everywhere, on_host))
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=(replicated, on_host))
     def step(params, state, batch):
-        state = jax.device_put(state, in_parts)
+        state = jax.device_put(state, zero1)
         ...
 """
 
@@ -42,7 +42,7 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rmsprop_jax.transform import leaf_name
+from rmsprop_jax._leaves import leaf_name
 
 
 def state_sharding(
@@ -110,10 +110,10 @@ def _spec(path, param, mesh):
     spec = ()
     if isinstance(sharding, NamedSharding):
         if sharding.mesh.shape != mesh.shape:
-            raise ValueError(f"Parameter {leaf_name(path)} is on {sharding.mesh}, expected {mesh}.")
+            raise ValueError(f"Parameter {leaf_name(path)!r} is on {sharding.mesh}, expected {mesh}.")
         spec = tuple(sharding.spec)
     elif sharding is not None and not sharding.is_fully_replicated:
-        raise ValueError(f"Parameter {leaf_name(path)} has {sharding}, expected a NamedSharding on {mesh}.")
+        raise ValueError(f"Parameter {leaf_name(path)!r} has {sharding}, expected a NamedSharding on {mesh}.")
     return spec + (None,) * (param.ndim - len(spec))
 
 

@@ -1,7 +1,7 @@
-"""Updates added to parameters: dense ones, as Optax adds them, and those by rows.
+"""Updates added to parameters: dense ones, as Optax adds them, and row-sparse ones.
 
 p <- p + u                          dense
-p[indices] <- p[indices] + values   by rows: each index as often as it is there, those out of range dropped
+p[indices] <- p[indices] + values   row-sparse: each index as often as it is there, those out of range dropped
 """
 
 import itertools
@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax import rounding
-from rmsprop_jax.rows import RowGradient, in_range
-from rmsprop_jax.transform import dtype_of, leaf_name, narrow, wide
+from rmsprop_jax._dtypes import dtype_of, narrow, wide
+from rmsprop_jax._leaves import is_none, leaf_name
+from rmsprop_jax._row_gradient import RowGradient, in_range
 
 
 def apply_updates(
     params: optax.Params, updates: optax.Updates, *, key: jax.Array | None = None
 ) -> optax.Params:
-    """Adds updates to parameters: `optax.apply_updates`, also for updates by rows.
+    """Adds updates to parameters: `optax.apply_updates`, also for row-sparse updates.
 
     In a jitted function that donates `params`, tables are updated in place, at a cost proportional to the
     rows in the update. (Not so bfloat16 tables on CPU: to write rows there, XLA converts the whole table.)
@@ -63,10 +64,10 @@ def apply_updates(
         where = None if seed is None else (next(leaf), seed)
         return _add(path, p, u, where)
 
-    return jax.tree_util.tree_map_with_path(add, params, updates, is_leaf=lambda x: x is None)
+    return jax.tree_util.tree_map_with_path(add, params, updates, is_leaf=is_none)
 
 
-# Where nothing is jitted: one operation instead of three.
+# Jitted for eager callers: one dispatch instead of three. Inlined under an outer jit.
 _add_dense = jax.jit(optax.apply_updates, inline=True)
 
 
@@ -77,12 +78,12 @@ def _add(path, p, u, where):
     if isinstance(u, RowGradient):
         if u.shape != shape:
             raise ValueError(
-                f"Update {leaf_name(path)} is by rows of {u.shape}, its parameter has shape {shape}."
+                f"Row-sparse update {leaf_name(path)!r} has shape {u.shape}, its parameter has shape {shape}."
             )
         return _add_rows(p, u, where)
     if not _broadcasts(jnp.shape(u), shape):
         raise ValueError(
-            f"Update {leaf_name(path)} has shape {jnp.shape(u)}, its parameter has shape {shape}."
+            f"Update {leaf_name(path)!r} has shape {jnp.shape(u)}, its parameter has shape {shape}."
         )
     if where is None or wide(dtype_of(p)) == dtype_of(p):
         return _add_dense(p, u)

@@ -1,4 +1,4 @@
-"""Accumulators kept in fewer bytes: one code for each element, rounded without bias.
+"""Accumulators stored in fewer bytes: one code for each element, rounded without bias.
 
     accumulator    bytes    stored rms / exact rms, standard deviation at decay 0.9 / 0.99 / 0.999
     "float32"      4        0
@@ -9,6 +9,9 @@ A code has its parameter's shape and stands for its element alone, so that it is
 saved as the parameter is, and XLA fuses encoding and decoding with the step. `ScaleByRmsState.nu` holds the
 codes; :func:`convert` turns them into those of another accumulator, or into numbers. Rounding follows
 :mod:`rmsprop_jax.rounding`, and leaves nothing behind when the gradients shrink.
+
+A state says which accumulator its codes are of, by their dtype or, where that does not tell, as
+`ScaleByRmsState.accumulator`: so they are converted, carried over and restored by the right one.
 
 **One of your own** is any hashable object with the two methods of :class:`Accumulator`, passed as
 ``accumulator=``. Frozen dataclasses are, and two that are equal then share their compiled code:
@@ -23,6 +26,7 @@ codes; :func:`convert` turns them into those of another accumulator, or into num
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import jax
@@ -31,51 +35,54 @@ import numpy as np
 import optax
 
 from rmsprop_jax import rounding
+from rmsprop_jax._dtypes import dtype_of
+from rmsprop_jax._states import is_ours, map_rms_states
 
 
 def convert(
     state: optax.OptState, accumulator: "str | Accumulator", *, source: "str | Accumulator | None" = None
 ) -> optax.OptState:
-    """A state with its `nu` kept as another accumulator keeps it, such as a checkpoint's for a new setting.
+    """A state with its `nu` stored by another accumulator, such as a checkpoint's for a new setting.
 
     Args:
       state: this package's, inside any chain or wrapper; what else is in it stays as it is.
-      accumulator: how `nu` is to be kept, as for :func:`rmsprop_jax.rmsprop`; "float32" leaves float64 as it
-        is.
-      source: how `nu` is kept; by default judged by its dtype: numbers, or codes of "bfloat16" or "uint8".
+      accumulator: how `nu` is to be stored, as for :func:`rmsprop_jax.rmsprop`; "float32" leaves float64 as
+        it is.
+      source: how `nu` is stored; by default as the state says, which knows an accumulator without a name, or
+        else by its dtype: numbers, or codes of "bfloat16" or "uint8".
 
     Returns:
       A state as ``init`` returns it for `accumulator`.
 
     Raises:
-      ValueError: if `source` is needed.
+      ValueError: if `source` is needed, or is not what the state says.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from rmsprop_jax import scale_by_rms, storage
+      >>> from rmsprop_jax import accumulators, scale_by_rms
       >>> tx = scale_by_rms(accumulator="uint8")
       >>> _, state = tx.update(jnp.array([10.0, 0.0]), tx.init(jnp.zeros(2)))
-      >>> print(state.nu, storage.convert(state, "float32").nu)
+      >>> print(state.nu, accumulators.convert(state, "float32").nu)
       [213 0] [9.513657 0. ]
     """
-    from rmsprop_jax.transform import ScaleByRmsState  # which imports this module
-
     target, given = named(accumulator), None if source is None else named(source)
 
     def converted(node):
-        if not isinstance(node, ScaleByRmsState):
+        if not is_ours(node):
             return node
+        if source is not None and node.accumulator not in (None, given):
+            raise ValueError(f"Invalid source: {source=}, but nu is stored by {node.accumulator}.")
         leaves, treedef = jax.tree.flatten(node.nu)
-        leaves = [decoded(x, given) for x in leaves]
+        leaves = [decoded(x, given or node.accumulator) for x in leaves]
         if target is not None:
             leaves = [encoded(x, target, leaf, node.count) for leaf, x in enumerate(leaves)]
-        return node._replace(nu=jax.tree.unflatten(treedef, leaves))
+        return node._replace(nu=jax.tree.unflatten(treedef, leaves), accumulator=unnamed(target))
 
-    return jax.tree.map(converted, state, is_leaf=lambda x: isinstance(x, ScaleByRmsState))
+    return map_rms_states(converted, state)
 
 
 def decoded(codes: jax.Array, accumulator: "Accumulator | None" = None) -> jax.Array:
-    """The numbers that an accumulator's codes stand for; by default the accumulator is judged by the dtype.
+    """The numbers that an accumulator's codes stand for; by default the one named as the codes' dtype.
 
     Raises:
       ValueError: for a dtype that does not tell.
@@ -83,22 +90,33 @@ def decoded(codes: jax.Array, accumulator: "Accumulator | None" = None) -> jax.A
     if accumulator is None:
         if jnp.issubdtype(codes.dtype, jnp.floating) and jnp.finfo(codes.dtype).bits >= 32:
             return codes
-        if codes.dtype.name not in _NAMED:
-            raise ValueError(f"nu is kept as {codes.dtype}: pass the accumulator as `source`.")
-        accumulator = _NAMED[codes.dtype.name]
+        if codes.dtype.name not in NAMED:
+            raise ValueError(f"nu is stored as {codes.dtype}: pass the accumulator as `source`.")
+        accumulator = NAMED[codes.dtype.name]
     return codes if accumulator is None else accumulator.decode(codes)
 
 
 def encoded(
-    nu: jax.Array, accumulator: "Accumulator", leaf: jax.typing.ArrayLike, count: jax.typing.ArrayLike
+    nu: jax.Array,
+    accumulator: "Accumulator",
+    leaf: jax.typing.ArrayLike,
+    count: jax.typing.ArrayLike,
+    rows: jax.Array | None = None,
 ) -> jax.Array:
-    """Codes for a leaf's numbers, which may be float64; `leaf` and `count` as in `rounding.thresholds`."""
+    """Codes for a leaf's numbers, which may be float64; `leaf` to `rows` as in `rounding.thresholds`."""
     nu = jnp.minimum(nu, float(jnp.finfo(jnp.float32).max)).astype(jnp.float32)
-    return accumulator.encode(nu, rounding.thresholds(nu.shape, leaf, count))
+    return accumulator.encode(nu, rounding.thresholds(nu.shape, leaf, count, rows))
+
+
+@cache
+def dtype_of_codes(accumulator: "Accumulator") -> np.dtype:
+    """The dtype in which an accumulator stores."""
+    scalars = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.uint32))
+    return jax.eval_shape(accumulator.encode, *scalars).dtype
 
 
 class Accumulator(Protocol):
-    """How non-negative float32 numbers are kept between updates.
+    """How non-negative float32 numbers are stored between updates.
 
     ``decode(encode(nu, threshold))`` is `nu` in the mean over thresholds, which are uint32, each equally
     likely; and it is `nu` itself where `nu` came out of ``decode``. Both are elementwise: same shapes out as
@@ -130,7 +148,7 @@ class Uint8:
     Rounding is unbiased between the logarithm and the number: in the number alone, the root would fall too
     far where gradients shrink; in the logarithm alone, its mean would be 2% too high.
 
-    A number beyond the largest is kept as that one. One below the smallest, except for 0, is kept as the
+    A number beyond the largest is stored as that one. One below the smallest, except for 0, is stored as the
     smallest, whose root is a floor of the rms: by default 2^-24.9 = 3.2e-8, where eps=1e-8 under the root
     already dominates. The largest rms is then 2^6.9 = 117.
 
@@ -156,8 +174,8 @@ class Uint8:
         # x + 1/2, so to the one below x and 1. (With u first: XLA would merge 1/2 and 2^23, to 2^23.)
         whole = jax.lax.bitcast_convert_type(quarters + (u + 0.5) + 2.0**23, jnp.int32) - (0x4B000000 + 1)
         code = ((bits >> 23).astype(jnp.int32) - (self.exponent + 127)) * 4 + whole
-        # Selected as bytes: an operation on one array, such as the cast, XLA would repeat in each loop that
-        # needs the code, with all that comes before it.
+        # Select in uint8, do not cast last: XLA duplicates a unary operation, with its producers, into every
+        # consumer's loop.
         return jnp.where(nu == 0, np.uint8(0), jnp.clip(code, 1, 255).astype(jnp.uint8))
 
     def decode(self, codes: jax.Array) -> jax.Array:
@@ -178,7 +196,8 @@ def _float(bits):
 
 _ONE = np.uint32(0x3F800000)  # the bits of 1.0
 # 4 * log2(1 + f) = 4 * f + f * (1 - f) * polynomial(f): equal where it is 0, 1, 2, 3 and 4, to a thousandth
-# between. XLA computes no log2 twice, and would rather keep an array of them in memory.
+# between. A polynomial, not log2: XLA does not recompute transcendentals in fusions, so log2 would be
+# materialised.
 _LOG = [np.float32(c) for c in (1.7565649, -0.972955847, 0.353553391)]
 # Fractions of 2^0, 2^(1/4), 2^(1/2), 2^(3/4), in the 23 bits of a float32.
 _FRACTIONS = [np.int32(round((2 ** (k / 4) - 1) * 2**23)) for k in range(4)]
@@ -186,7 +205,8 @@ _FRACTIONS = [np.int32(round((2 ** (k / 4) - 1) * 2**23)) for k in range(4)]
 # log(2) / 8 = 0.087; in log(nu), 0.
 _TILT = np.float32(0.013)
 
-_NAMED: dict[str, Accumulator | None] = {"float32": None, "bfloat16": Bfloat16(), "uint8": Uint8()}
+# One line for each: what `accumulator=` takes as a string, which is the name of the codes' dtype.
+NAMED: dict[str, Accumulator | None] = {"float32": None, "bfloat16": Bfloat16(), "uint8": Uint8()}
 
 
 def named(accumulator: str | Accumulator) -> Accumulator | None:
@@ -195,12 +215,31 @@ def named(accumulator: str | Accumulator) -> Accumulator | None:
     Raises:
       ValueError: if it is neither.
     """
-    if isinstance(accumulator, str) and accumulator in _NAMED:
-        return _NAMED[accumulator]
+    if isinstance(accumulator, str) and accumulator in NAMED:
+        return NAMED[accumulator]
     methods = (getattr(accumulator, name, None) for name in ("encode", "decode"))
     if isinstance(accumulator, str | type) or not all(map(callable, methods)):
-        names = ", ".join(map(repr, _NAMED))
+        names = ", ".join(map(repr, NAMED))
         raise ValueError(
-            f"Invalid accumulator: {accumulator=}, expected {names} or an object as rmsprop_jax.storage has."
+            f"Invalid accumulator: {accumulator=}, expected {names} or an object as rmsprop_jax.accumulators "
+            "has."
         )
     return accumulator
+
+
+def unnamed(accumulator: Accumulator | None) -> Accumulator | None:
+    """The accumulator, as a state has to say it; None for one that the dtype of its codes tells."""
+    return None if isinstance(title(accumulator), str) else accumulator
+
+
+def title(accumulator: Accumulator | None) -> "str | Accumulator":
+    """What to write for `accumulator=`: its name or, where it has none, itself."""
+    return next((name for name, other in NAMED.items() if other == accumulator), accumulator)
+
+
+def is_stored_by(nu: jax.Array, found: Accumulator | None, expected: Accumulator | None) -> bool:
+    """Whether a leaf of a state, which says that `found` stores it, is as `expected` stores it."""
+    dtype = dtype_of(nu)
+    if expected is None:
+        return found is None and dtype in (jnp.float32, jnp.float64)
+    return found == unnamed(expected) and dtype == dtype_of_codes(expected)

@@ -1,0 +1,75 @@
+"""Float32 at least: the dtypes to compute in, and arrays that are made, cast and clipped in them."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@cache
+def wide(dtype: jax.typing.DTypeLike) -> np.dtype:
+    """The dtype to compute in: float32 for the floats below it, else `dtype` itself."""
+    low = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32 if low else dtype)
+
+
+def dtype_of(leaf: jax.typing.ArrayLike) -> np.dtype:
+    """The dtype that JAX gives a leaf: an array, a `jax.ShapeDtypeStruct` or a Python number."""
+    return jax.dtypes.canonicalize_dtype(leaf.dtype) if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def real(dtype: jax.typing.DTypeLike) -> np.dtype:
+    """The dtype of the modulus: of a complex dtype its parts', else `dtype` itself."""
+    return jnp.finfo(dtype).dtype
+
+
+def full_like(p: jax.typing.ArrayLike, value: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`jnp.full_like`; inside jit too it has the sharding of `p`."""
+    x = jnp.full_like(p, value, dtype=dtype)
+    # In a jitted init the compiler would place a constant, and all of it on each device. It sees that this
+    # one goes with `p`, before it sees that it is a constant.
+    return jnp.where(p != p, x, x) if isinstance(p, jax.core.Tracer) else x
+
+
+def widen(tree):
+    """The tree with its leaves in `wide` dtypes."""
+
+    def widened(x):
+        dtype = wide(dtype_of(x))
+        return x if dtype == dtype_of(x) else x.astype(dtype)
+
+    return jax.tree.map(widened, tree)
+
+
+def narrow(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Casts `x` to `dtype`; what is finite stays finite."""
+    if x.dtype == dtype:
+        return x
+    return clip(x, float(jnp.finfo(dtype).max)).astype(dtype)
+
+
+def abs_sq(x):
+    """|x|^2, real."""
+    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+
+
+def times(z, x):
+    """z * x for a real `x`; complex numbers part by part."""
+    return jax.lax.complex(z.real * x, z.imag * x) if jnp.iscomplexobj(z) else z * x
+
+
+def clip(x, limit):
+    """Clips to [-limit, limit], complex numbers part by part. NaN stays NaN."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(jnp.clip(x.real, -limit, limit), jnp.clip(x.imag, -limit, limit))
+    return jnp.clip(x, -limit, limit)
+
+
+def ordered_after(x, never):
+    """`x`, where `never` is no element's truth, but XLA does not know.
+
+    No-op. A data dependency that makes XLA finish the read before the in-place write; without it XLA copies
+    the buffer.
+    """
+    return jnp.where(never, jnp.zeros_like(x), x)

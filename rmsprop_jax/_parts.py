@@ -1,0 +1,141 @@
+"""Optax's parts computed in float32 at least: the casts around a chain, momentum, decayed weights.
+
+`optax.trace` and `optax.add_decayed_weights` do the arithmetic. Added are the dtypes in which they compute
+and store, and that leaves without a gradient are left alone.
+"""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rmsprop_jax import _checks, rounding
+from rmsprop_jax._dtypes import dtype_of, full_like, narrow, wide, widen
+from rmsprop_jax._leaves import is_none, leaf_name
+from rmsprop_jax.transform import Transformation
+
+
+def chain(*parts):
+    """`optax.chain` in float32 at least, updates in the gradients' dtypes; it knows what its parts know."""
+    inner = optax.chain(*parts)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        dtypes = jax.tree.map(dtype_of, updates)
+        updates, state = inner.update(widen(updates), state, params, **extra_args)
+        return jax.tree.map(narrow, updates, dtypes), state
+
+    known = [part for part in parts if isinstance(part, Transformation)]
+    settings = next((part.settings for part in known if part.settings is not None), None)
+    return Transformation(
+        inner.init, update_fn, settings, [name for part in known for name in part.moves_all]
+    )
+
+
+def counted(inner):
+    """Passes scale_by_rms's step count to the rest of the chain as the extra argument `rms_count`."""
+
+    def update_fn(updates, state, params=None, **extra_args):
+        return inner.update(updates, state, params, **extra_args, rms_count=state[0].count)
+
+    return inner._replace(update=update_fn)
+
+
+def trace(decay, nesterov, dtype):
+    """`optax.trace`, stored between updates in `dtype`; without a `decay`, nothing."""
+    if decay is None:
+        return optax.GradientTransformation(optax.identity().init, _without_trace)
+    decay = _checks.decay("momentum", decay)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"Invalid momentum_dtype: momentum_dtype={dtype!r}, expected a floating dtype.")
+
+    def stored_dtype(p):
+        own = wide(dtype_of(p))
+        return own if dtype is None or jnp.iscomplexobj(p) else jnp.dtype(dtype)
+
+    def init_fn(params):
+        return optax.TraceState(jax.tree.map(lambda p: full_like(p, 0, stored_dtype(p)), params))
+
+    def update_fn(updates, state, params=None, *, rms_count, rms_rows=None, **extra_args):
+        del params, extra_args
+        if not isinstance(state, optax.TraceState):
+            raise ValueError("Invalid state: it has no momentum buffer, this optimizer has momentum.")
+        jax.tree_util.tree_map_with_path(check, updates, state.trace)
+        leaf = itertools.count()
+
+        def stored(new, old, rows=None):
+            # Leaf ids counted down from 2**32 - 1: nu's ids count up from 0, so the two never share
+            # thresholds.
+            number = np.uint32(2**32 - 1 - next(leaf))
+            if new.dtype == old.dtype:
+                return new
+            return rounding.to_dtype(new, old.dtype, rounding.thresholds(new.shape, number, rms_count, rows))
+
+        def traced(buffers):
+            return jax.tree.map(
+                lambda g, buffer: None if g is None else _traced(g, buffer, decay),
+                updates,
+                buffers,
+                is_leaf=is_none,
+            )
+
+        new = traced(widen(state.trace))
+        rest = () if rms_rows is None else (rms_rows,)
+        buffers = jax.tree.map(
+            lambda g, new, old, *rows: old if g is None else stored(new, old, *rows),
+            updates,
+            new,
+            state.trace,
+            *rest,
+            is_leaf=is_none,
+        )
+        return traced(new) if nesterov else new, optax.TraceState(buffers)
+
+    def check(path, g, buffer):
+        if dtype_of(buffer) != (expected := stored_dtype(g)) and not (
+            dtype is None and wide(dtype_of(buffer)) == dtype_of(buffer)
+        ):
+            raise ValueError(
+                f"Invalid state: the momentum buffer of {leaf_name(path)!r} is stored as {dtype_of(buffer)}, "
+                f"this optimizer stores it as {expected}: optax.tree.cast of it converts it."
+            )
+
+    return Transformation(init_fn, update_fn, moves_all=["momentum"])
+
+
+def _without_trace(updates, state, params=None):
+    del params
+    if isinstance(state, optax.TraceState):
+        raise ValueError("Invalid state: it has a momentum buffer, this optimizer has no momentum.")
+    return updates, state
+
+
+@partial(jax.jit, inline=True)
+def _traced(g, buffer, decay):
+    """`optax.trace` of one leaf. Jitted for eager callers; inlined under an outer jit."""
+    return optax.trace(decay).update(g, optax.TraceState(buffer))[0]
+
+
+def decayed_weights(weight_decay, mask, learning_rate=None):
+    """Adds weight_decay * p to the updates or, given the learning rate, -learning_rate * weight_decay * p."""
+    if isinstance(weight_decay, float) and weight_decay == 0:
+        return optax.identity()  # which needs no parameters
+    if learning_rate is None:
+        factor = weight_decay
+    elif callable(learning_rate):
+        factor = lambda count: -learning_rate(count) * weight_decay  # noqa: E731
+    else:
+        factor = -learning_rate * weight_decay
+    inner = optax.add_decayed_weights(factor, mask)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is not None:
+            params = jax.tree.map(
+                lambda u, p: None if u is None else widen(p), updates, params, is_leaf=is_none
+            )
+        return inner.update(updates, state, params)
+
+    return Transformation(inner.init, update_fn, moves_all=["weight_decay"])

@@ -1,0 +1,98 @@
+"""A row-sparse gradient, and the rows of a table that belong to it."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmsprop_jax._dtypes import dtype_of, wide
+
+if TYPE_CHECKING:
+    from jax.experimental import sparse
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["indices", "values"], meta_fields=["num_rows"])
+@dataclass(frozen=True)
+class RowGradient:
+    """A gradient, or an update, of shape ``(num_rows, *values.shape[1:])`` that is zero outside `indices`.
+
+    Indices may repeat: their values add up. Those outside of ``[0, num_rows)`` count for nothing.
+
+    Attributes:
+      indices: the rows, integers of shape (n,).
+      values: what belongs to them, shape (n, ...).
+      num_rows: the table's number of rows, a Python integer.
+    """
+
+    indices: jax.Array
+    values: jax.Array
+    num_rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the gradient it stands for, which is its table's."""
+        return (self.num_rows, *self.values.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the values."""
+        return dtype_of(self.values)
+
+    @classmethod
+    def from_bcoo(cls, matrix: "sparse.BCOO") -> "RowGradient":
+        """From a BCOO whose rows are sparse and dense within, as `jax.experimental.sparse` has embeddings.
+
+        Raises:
+          ValueError: unless ``n_batch == 0`` and ``n_sparse == 1``.
+        """
+        if matrix.n_batch != 0 or matrix.n_sparse != 1:
+            raise ValueError(
+                f"Expected a BCOO with n_batch=0 and n_sparse=1, whole rows; got {matrix.n_batch=} and "
+                f"{matrix.n_sparse=}. BCOO.fromdense(x, n_dense=x.ndim - 1) makes one."
+            )
+        return cls(matrix.indices[:, 0], matrix.data, matrix.shape[0])
+
+    def to_dense(self) -> jax.Array:
+        """The gradient it stands for: an array of the table's shape."""
+        dense = jnp.zeros(self.shape, self.dtype)
+        return dense.at[in_range(self.indices, self.num_rows)].add(self.values, mode="drop")
+
+    def summed(self) -> "RowGradient":
+        """The same gradient with each row at most once, in `wide` dtype.
+
+        The shapes stay, as under jit they must: what the repeated indices leave free is padding, whose index
+        is `num_rows`, which is out of range.
+        """
+        # The ids are sorted, and each is then looked up: 0.3 ms for 4,096 of them with values of 64 on CPU,
+        # where an argsort alone takes 0.65 ms, and the rest that follows from it as much again.
+        ids = in_range(self.indices, self.num_rows)
+        in_order = jnp.sort(ids)
+        place = jnp.searchsorted(in_order, ids)  # of each id's first occurrence
+        values = jnp.zeros_like(self.values, dtype=wide(self.dtype)).at[place].add(self.values)
+        is_first = jnp.diff(in_order, prepend=-1) != 0
+        return RowGradient(jnp.where(is_first, in_order, self.num_rows), values, self.num_rows)
+
+
+def is_row_gradient(x):
+    """Whether `x` is a :class:`RowGradient`, for `is_leaf`."""
+    return isinstance(x, RowGradient)
+
+
+def take(table, indices):
+    """Rows of a table; zeros for those out of range."""
+    return table.at[in_range(indices, table.shape[0])].get(mode="fill", fill_value=0)
+
+
+def put(table, indices, rows):
+    """The table with other rows at `indices`, those out of range dropped."""
+    return table.at[indices].set(rows.astype(table.dtype), mode="drop")
+
+
+def in_range(indices, num_rows):
+    """The ids as int32, those out of range as `num_rows`: JAX would count negative ones from the end."""
+    indices = jnp.asarray(indices)
+    indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))  # int8 cannot hold every num_rows
+    return jnp.where((indices >= 0) & (indices < num_rows), indices, num_rows).astype(jnp.int32)

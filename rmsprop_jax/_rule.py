@@ -1,0 +1,134 @@
+"""RMSProp's rule for one leaf: clip, average, store, divide.
+
+    nu_t = decay * nu_{t-1} + (1 - decay) * g_t^2
+    u_t  = g_t / sqrt(nu_t + eps)              eps_in_sqrt=True   (Optax, TensorFlow, Keras)
+    u_t  = g_t / (sqrt(nu_t) + eps)            eps_in_sqrt=False  (PyTorch, Hinton)
+
+Centred, `nu` is the second moment about the mean `mu`, kept by a recursion of squares, so that rounding
+cannot make it negative:
+
+    mu_t = decay * mu_{t-1} + (1 - decay) * g_t
+    nu_t = decay * nu_{t-1} + (1 - decay) / decay * (g_t - mu_t)^2
+
+From nu_0 = initial_scale and mu_0 = 0 this is initial_scale * decay^t + E[g^2] - E[g]^2, with E the
+exponentially weighted sums.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rmsprop_jax import accumulators
+from rmsprop_jax._dtypes import abs_sq, clip, narrow, times, wide
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True)
+class Settings:
+    """What an RMSProp is: all that its rule has to know, and whoever measures or continues it.
+
+    A pytree whose leaves are the numbers that arrive as arrays, such as those of `optax.inject_hyperparams`;
+    Python numbers, flags and the accumulator are its structure. So under `jax.jit` the former are operands,
+    the latter constants of the program.
+
+    Attributes:
+      decay: in [0, 1), a Python float or a scalar array of float32 at least.
+      eps: at least 0, as `decay`.
+      eps_in_sqrt: whether `eps` is added under the root or to the root.
+      bias_correction: whether `nu` is divided by ``1 - decay**count`` before it is used.
+      centered: whether `nu` is the second moment about the running mean `mu`.
+      accumulator: what stores `nu`, an :class:`rmsprop_jax.accumulators.Accumulator`; None for float32.
+    """
+
+    decay: float | jax.Array
+    eps: float | jax.Array = 1e-8
+    eps_in_sqrt: bool = True
+    bias_correction: bool = False
+    centered: bool = False
+    accumulator: accumulators.Accumulator | None = None
+
+    def tree_flatten(self):
+        arrays = {name: x for name in ("decay", "eps") if not isinstance(x := getattr(self, name), float)}
+        return tuple(arrays.values()), (tuple(arrays), replace(self, **dict.fromkeys(arrays)))
+
+    @classmethod
+    def tree_unflatten(cls, structure, arrays):
+        names, rest = structure
+        return replace(rest, **dict(zip(names, arrays, strict=True)))
+
+    def decay_as(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+        """decay and 1 - decay, the difference of the Python number: float32's 0.999 is off by 3e-5 of it."""
+        return jnp.asarray(self.decay, dtype), jnp.asarray(1 - self.decay, dtype)
+
+    def inverse_root(self, nu: jax.Array) -> jax.Array:
+        """What a gradient is multiplied by, 1 / sqrt(nu + eps) or 1 / (sqrt(nu) + eps), finite for any nu."""
+        tiny, eps = jnp.finfo(nu.dtype).tiny, jnp.asarray(self.eps, nu.dtype)
+        # At least the smallest normal number under the root, so that no gradient is 0 / 0 or 1 / 0.
+        if self.eps_in_sqrt:
+            return jax.lax.rsqrt(jnp.maximum(nu + eps, tiny))
+        return 1 / (jnp.sqrt(jnp.maximum(nu, tiny)) + eps)
+
+
+@jax.jit
+def rule(g: jax.Array, nu: Any, mu: Any, where: Any, count: Any, settings: Settings) -> tuple[Any, Any, Any]:
+    """The update of one leaf and its new accumulators: `(u, nu, mu)`.
+
+    Jitted for eager callers; under an outer jit it is free, and equal leaves are lowered once.
+
+    Args:
+      g: the gradient.
+      nu: as it is stored.
+      mu: the running mean, None where not centred.
+      where: which leaf it is, and which of its rows these are or None, see `rounding.thresholds`; None where
+        nothing is rounded.
+      count: updates so far, this one included; None where nothing depends on it.
+      settings: the optimizer's.
+    """
+    dtype = wide(g.dtype)
+    limits = jnp.finfo(dtype)
+    g_wide = g.astype(dtype)
+    clipped = clip(g_wide, 2.0 ** (limits.maxexp // 2 - 2))  # its square is finite, and sums of a few
+    nu_new, now, mu = averages(clipped, nu, mu, settings)
+    nu, nu_new = stored(nu_new, now, nu, where, count, settings)
+    u = times(clipped, settings.inverse_root(corrected(nu_new, count, settings)))
+    # g - g is 0, or NaN where the clip hid an infinity.
+    return narrow(u + (g_wide - g_wide), g.dtype), nu, mu
+
+
+def averages(g, nu, mu, settings):
+    """The running averages with `g` in them, and what `g` itself adds to `nu`."""
+    dtype = jnp.finfo(g.dtype).dtype
+    decay, one_minus_decay = settings.decay_as(dtype)
+    old = (nu if settings.accumulator is None else settings.accumulator.decode(nu)).astype(dtype)
+    if mu is None:
+        now = one_minus_decay * abs_sq(g)
+        return now + decay * old, now, None
+    mean = times(g, one_minus_decay) + times(mu.astype(g.dtype), decay)
+    # Algebraically decay * (1 - decay) * (g - mu_old)^2; written with the new mean because the old one would
+    # stay live and XLA would copy it. `maximum` avoids 0/0 at decay = 0, where g - mean is rounding error.
+    ratio = one_minus_decay / jnp.maximum(decay, jnp.finfo(dtype).eps)
+    now = ratio * abs_sq(g - mean)
+    return now + decay * old, now, mean.astype(mu.dtype)
+
+
+def stored(nu, now, old, where, count, settings):
+    """`nu` as it is stored in place of `old`, and as it is read back."""
+    accumulator = settings.accumulator
+    if accumulator is None:
+        return nu.astype(old.dtype), nu
+    leaf, rows = where
+    codes = accumulators.encoded(nu, accumulator, leaf, count, rows)
+    # Divide by the decoded new codes: then nothing reads the old ones, and they can be donated.
+    # `maximum(.., now)` keeps abs(u) <= 1/sqrt(1 - decay) where nu saturates the code's range.
+    return codes, jnp.maximum(accumulator.decode(codes).astype(nu.dtype), now)
+
+
+def corrected(nu, count, settings):
+    """`nu` over 1 - decay^count, for a start from zero."""
+    if not settings.bias_correction:
+        return nu
+    decay, _ = settings.decay_as(nu.dtype)
+    # Times the reciprocal: XLA makes one of a division here and there, and meshes would differ in a last bit.
+    return nu * (1 / (1 - decay ** count.astype(nu.dtype)))

@@ -1,0 +1,78 @@
+"""What a state of RMSProp is, here and in Optax, and one map over those inside any chain or wrapper.
+
+Uncentred, `nu` is E[g^2] in both. Centred, it is the variance E[g^2] - E[g]^2 here, and the raw moment
+E[g^2] in Optax; E[g] is `mu` in both.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+
+class _Fields(NamedTuple):
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, as in Optax's states
+    nu: optax.Updates
+    mu: optax.Updates | None
+
+
+class ScaleByRmsState(_Fields):
+    """State of `scale_by_rms`, the same fields for every option.
+
+    Attributes:
+      count: updates so far, int32 scalar.
+      nu: running mean of squared gradients, or of squared deviations from `mu` when centred; the
+        parameters' tree and shapes, real, float32 (float64 for 64-bit parameters), or the codes for them of
+        another accumulator, see :mod:`rmsprop_jax.accumulators`.
+      mu: running mean of gradients when centred, else None; as `nu`, complex for complex parameters.
+      accumulator: what reads the codes in `nu` where their dtype does not tell: an accumulator that has no
+        name, such as ``Uint8(-40)``; else None. Part of the tree's structure, no field.
+    """
+
+    accumulator: Any = None
+
+    def __new__(cls, count, nu, mu, *, accumulator=None):
+        self = super().__new__(cls, count, nu, mu)
+        self.accumulator = accumulator
+        return self
+
+    def _replace(self, **changes):
+        return type(self)(**{**self._asdict(), "accumulator": self.accumulator, **changes})
+
+
+jax.tree_util.register_pytree_with_keys(
+    ScaleByRmsState,
+    lambda state: (
+        [(jax.tree_util.GetAttrKey(name), value) for name, value in state._asdict().items()],
+        state.accumulator,
+    ),
+    lambda accumulator, fields: ScaleByRmsState(*fields, accumulator=accumulator),
+    lambda state: (tuple(state), state.accumulator),
+)
+
+# Optax exports two of its four.
+_OPTAX = (
+    *("ScaleByRmsState", "ScaleByRmsWithCountState"),
+    *("ScaleByRStdDevState", "ScaleByRStdDevWithCountState"),
+)
+
+
+def is_rms_state(x: Any) -> bool:
+    """Whether `x` is a state of this package's RMSProp or of Optax's."""
+    return isinstance(x, ScaleByRmsState) or (isinstance(x, tuple) and type(x).__name__ in _OPTAX)
+
+
+def is_ours(x: Any) -> bool:
+    """Whether `x` is a state of this package's RMSProp."""
+    return isinstance(x, ScaleByRmsState)
+
+
+def map_rms_states(f: Callable[[Any], Any], state: Any) -> Any:
+    """`state` with `f` of each state of RMSProp in it; all else as it is."""
+    return jax.tree.map(lambda x: f(x) if is_rms_state(x) else x, state, is_leaf=is_rms_state)
+
+
+def rms_states(state: Any) -> Iterator[Any]:
+    """The states of RMSProp in `state`."""
+    return filter(is_rms_state, jax.tree.leaves(state, is_leaf=is_rms_state))
