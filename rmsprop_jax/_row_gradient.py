@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax._dtypes import dtype_of, wide
+from rmsprop_jax._leaves import named_leaves
 
 if TYPE_CHECKING:
     from jax.experimental import sparse
@@ -96,3 +97,18 @@ def in_range(indices, num_rows):
     indices = jnp.asarray(indices)
     indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))  # int8 cannot hold every num_rows
     return jnp.where((indices >= 0) & (indices < num_rows), indices, num_rows).astype(jnp.int32)
+
+
+def check_row_sparse(grads):
+    """Raises ValueError unless all gradients are row-sparse, naming the leaf."""
+    for name, g in named_leaves(grads, is_row_gradient).items():
+        if not is_row_gradient(g):
+            raise ValueError(
+                f"Gradient {name!r} is {type(g).__name__}, expected a RowGradient, as from "
+                "rows.value_and_grad. For a dense gradient there is rmsprop_jax.rmsprop."
+            )
+        if jnp.shape(g.indices) != g.values.shape[:1]:
+            raise ValueError(
+                f"Gradient {name!r} has indices of shape {jnp.shape(g.indices)} and values of shape "
+                f"{g.values.shape}, expected (n,) and (n, ...)."
+            )
