@@ -15,6 +15,7 @@ exponentially weighted sums.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -64,11 +65,7 @@ class Settings:
 
     def inverse_root(self, nu: jax.Array) -> jax.Array:
         """What a gradient is multiplied by, 1 / sqrt(nu + eps) or 1 / (sqrt(nu) + eps), finite for any nu."""
-        tiny, eps = jnp.finfo(nu.dtype).tiny, jnp.asarray(self.eps, nu.dtype)
-        # At least the smallest normal number under the root, so that no gradient is 0 / 0 or 1 / 0.
-        if self.eps_in_sqrt:
-            return jax.lax.rsqrt(jnp.maximum(nu + eps, tiny))
-        return 1 / (jnp.sqrt(jnp.maximum(nu, tiny)) + eps)
+        return divided(jnp.ones_like(nu), nu, self)
 
 
 @jax.jit
@@ -92,7 +89,7 @@ def rule(g: jax.Array, nu: Any, mu: Any, where: Any, count: Any, settings: Setti
     clipped = clip(g_wide, 2.0 ** (limits.maxexp // 2 - 2))  # its square is finite, and sums of a few
     nu_new, now, mu = averages(clipped, nu, mu, settings)
     nu, nu_new = stored(nu_new, now, nu, where, count, settings)
-    u = times(clipped, settings.inverse_root(corrected(nu_new, count, settings)))
+    u = divided(clipped, corrected(nu_new, count, settings), settings)
     # g - g is 0, or NaN where the clip hid an infinity.
     return narrow(u + (g_wide - g_wide), g.dtype), nu, mu
 
@@ -122,7 +119,7 @@ def stored(nu, now, old, where, count, settings):
     codes = accumulators.encoded(nu, accumulator, leaf, count, rows)
     # Divide by the decoded new codes: then nothing reads the old ones, and they can be donated.
     # `maximum(.., now)` keeps abs(u) <= 1/sqrt(1 - decay) where nu saturates the code's range.
-    return codes, jnp.maximum(accumulator.decode(codes).astype(nu.dtype), now)
+    return codes, jnp.maximum(read_back(accumulator, nu, codes).astype(nu.dtype), now)
 
 
 def corrected(nu, count, settings):
@@ -132,3 +129,46 @@ def corrected(nu, count, settings):
     decay, _ = settings.decay_as(nu.dtype)
     # Times the reciprocal: XLA makes one of a division here and there, and meshes would differ in a last bit.
     return nu * (1 / (1 - decay ** count.astype(nu.dtype)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def read_back(accumulator, nu, codes):
+    """The numbers that stand in `codes`, those of `nu`; as rounding is unbiased, its derivative is 1."""
+    return accumulator.decode(codes)
+
+
+@read_back.defjvp
+def _read_back_jvp(accumulator, primals, tangents):
+    out = accumulator.decode(primals[1])
+    return out, tangents[0].astype(out.dtype)
+
+
+@jax.custom_jvp
+def divided(g, nu, settings):
+    """g / sqrt(nu + eps) or g / (sqrt(nu) + eps): the update."""
+    return times(g, _inverse_root(nu, settings))
+
+
+def _inverse_root(nu, settings):
+    # At least the smallest normal number under the root, so that no gradient is 0 / 0 or 1 / 0.
+    tiny, eps = jnp.finfo(nu.dtype).tiny, jnp.asarray(settings.eps, nu.dtype)
+    if settings.eps_in_sqrt:
+        return jax.lax.rsqrt(jnp.maximum(nu + eps, tiny))
+    return 1 / (jnp.sqrt(jnp.maximum(nu, tiny)) + eps)
+
+
+@divided.defjvp
+def _divided_jvp(primals, tangents):
+    """d(g * s) = s * dg - g * s * (-ds / s): in this form no factor overflows where another is zero."""
+    g, nu, settings = primals
+    dg, dnu, dsettings = tangents
+    tiny, eps = jnp.finfo(nu.dtype).tiny, jnp.asarray(settings.eps, nu.dtype)
+    deps = jnp.zeros_like(eps) if isinstance(settings.eps, float) else dsettings.eps.astype(nu.dtype)
+    scale = settings.inverse_root(nu)
+    if settings.eps_in_sqrt:
+        falls = jnp.where(nu + eps > tiny, 0.5 * ((dnu + deps) * scale) * scale, 0)
+    else:
+        root = replace(settings, eps=0.0, eps_in_sqrt=True).inverse_root(nu)
+        falls = (jnp.where(nu > tiny, 0.5 * dnu * root, 0) + deps) * scale
+    u = divided(g, nu, settings)
+    return u, times(dg, scale) - times(u, falls)
