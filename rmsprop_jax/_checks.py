@@ -12,21 +12,31 @@ def number(name: str, value: jax.typing.ArrayLike, *, below: float = _LARGEST) -
     """Returns a Python or NumPy number as a float, after checking that `0 <= value < below`.
 
     A `jax.Array`, traced or not, is returned as it is: its value may not be known yet, and under
-    `optax.inject_hyperparams` it belongs to the user.
+    `optax.inject_hyperparams` it belongs to the user. A NumPy array of more than a number is returned as one,
+    after the same check.
 
     Raises:
       ValueError: if the number is negative, NaN, `below` or more, or no number at all.
     """
     if isinstance(value, jax.Array):
         return value
+    if isinstance(value, str) or callable(value):
+        raise ValueError(f"Invalid {name}: {name}={value!r}, {_not_a_number(name, value)}")
     try:
-        checked = float(value)  # type: ignore[arg-type]  # also of NumPy; a Python float is weakly typed
+        checked = np.asarray(value, float)
     except (TypeError, ValueError):
-        checked = float("nan")
-    if isinstance(value, str) or not 0 <= checked < below:
+        checked = np.asarray(np.nan)
+    is_array = isinstance(value, np.ndarray) and checked.ndim > 0
+    if not (is_array or checked.ndim == 0) or not np.all((checked >= 0) & (checked < below)):
         interval = f"[0, {below:g})" if below < _LARGEST else "[0, inf), finite in float32"
         raise ValueError(f"Invalid {name}: {name}={value!r}, expected a number in {interval}.")
-    return checked
+    return jnp.asarray(value) if is_array else float(checked)
+
+
+def _not_a_number(name, value):
+    if callable(value):
+        return f"a schedule; optax.inject_hyperparams takes schedules for {name}, and passes their values on."
+    return "a string, expected a number. (YAML takes 1e-3 for a string; write 1.0e-3.)"
 
 
 def precise_number(name: str, value: jax.typing.ArrayLike, **bounds: float) -> float | jax.Array:
@@ -57,7 +67,7 @@ def decay(name: str, value: jax.typing.ArrayLike) -> float | jax.Array:
 
 
 def learning_rate(name: str, value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
-    """A schedule as it is, a number as `number` returns it."""
+    """A schedule as it is, a number or an array as `number` returns it."""
     return value if callable(value) else number(name, value)
 
 
@@ -81,3 +91,15 @@ def flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"Invalid {name}: {name}={value!r}, expected True or False.")
     return bool(value)
+
+
+def from_injected(name: str, value: object) -> None:
+    """Raises ValueError for an array where a function or a tree belongs.
+
+    `optax.inject_hyperparams` takes every function for a schedule, and passes on what it returns for a count.
+    """
+    if isinstance(value, bool | np.bool_ | jax.Array | np.ndarray):
+        raise ValueError(
+            f"Invalid {name}: {name}={value!r}, expected a tree of bools or a function. "
+            f"optax.inject_hyperparams takes a function for a schedule: pass it static_args={name!r}."
+        )

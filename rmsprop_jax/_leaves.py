@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmsprop_jax._dtypes import dtype_of
 
@@ -36,7 +37,12 @@ def is_none(x: Any) -> bool:
     return x is None
 
 
-def flatten_matching(grads: Any, nu: Any, mu: Any) -> tuple[list, Any, list, list]:
+def leaf_numbers(leaves: list) -> np.ndarray:
+    """The number of each among all leaves, uint32; where a gradient is None, one may be a whole subtree."""
+    return np.cumsum([0, *(len(jax.tree.leaves(x)) for x in leaves)])[:-1].astype(np.uint32)
+
+
+def flatten_matching(grads: Any, nu: Any, mu: Any = None) -> tuple[list, Any, list, list]:
     """Flattens gradients and accumulators together: the leaves, and the gradients' treedef.
 
     Raises:

@@ -4,7 +4,6 @@
 and store, and that leaves without a gradient are left alone.
 """
 
-import itertools
 from functools import partial
 
 import jax
@@ -14,7 +13,7 @@ import optax
 
 from rmsprop_jax import _checks, rounding
 from rmsprop_jax._dtypes import dtype_of, full_like, narrow, wide, widen
-from rmsprop_jax._leaves import is_none, leaf_name
+from rmsprop_jax._leaves import flatten_matching, is_none, leaf_name, leaf_numbers
 from rmsprop_jax.transform import Transformation
 
 
@@ -24,7 +23,8 @@ def chain(*parts):
 
     def update_fn(updates, state, params=None, **extra_args):
         dtypes = jax.tree.map(dtype_of, updates)
-        updates, state = inner.update(widen(updates), state, params, **extra_args)
+        with jax.numpy_dtype_promotion("standard"):  # Optax's parts rely on it
+            updates, state = inner.update(widen(updates), state, params, **extra_args)
         return jax.tree.map(narrow, updates, dtypes), state
 
     known = [part for part in parts if isinstance(part, Transformation)]
@@ -58,49 +58,38 @@ def trace(decay, nesterov, dtype):
     def init_fn(params):
         return optax.TraceState(jax.tree.map(lambda p: full_like(p, 0, stored_dtype(p)), params))
 
+    def check(path, buffer):
+        found = dtype_of(buffer)
+        expected = wide(found) if dtype is None or jnp.iscomplexobj(buffer) else jnp.dtype(dtype)
+        if found != expected:
+            raise ValueError(
+                f"Invalid state: the momentum buffer of {leaf_name(path)!r} is stored as {found}, this "
+                f"optimizer stores it as {expected}: optax.tree.cast converts it."
+            )
+
     def update_fn(updates, state, params=None, *, rms_count, rms_rows=None, **extra_args):
         del params, extra_args
         if not isinstance(state, optax.TraceState):
             raise ValueError("Invalid state: it has no momentum buffer, this optimizer has momentum.")
-        jax.tree_util.tree_map_with_path(check, updates, state.trace)
-        leaf = itertools.count()
+        jax.tree_util.tree_map_with_path(check, state.trace)
+        grads, treedef, buffers, _ = flatten_matching(updates, state.trace)
+        rows = [None] * len(grads) if rms_rows is None else treedef.flatten_up_to(rms_rows)
 
-        def stored(new, old, rows=None):
+        def step(g, old, number, rows):
+            if g is None:
+                return None, old
+            new = _traced(g, widen(old), decay)
+            u = _traced(g, new, decay) if nesterov else new
+            if new.dtype == old.dtype:
+                return u, new
             # Leaf ids counted down from 2**32 - 1: nu's ids count up from 0, so the two never share
             # thresholds.
-            number = np.uint32(2**32 - 1 - next(leaf))
-            if new.dtype == old.dtype:
-                return new
-            return rounding.to_dtype(new, old.dtype, rounding.thresholds(new.shape, number, rms_count, rows))
+            thresholds = rounding.thresholds(new.shape, np.uint32(2**32 - 1) - number, rms_count, rows)
+            return u, rounding.to_dtype(new, old.dtype, thresholds)
 
-        def traced(buffers):
-            return jax.tree.map(
-                lambda g, buffer: None if g is None else _traced(g, buffer, decay),
-                updates,
-                buffers,
-                is_leaf=is_none,
-            )
-
-        new = traced(widen(state.trace))
-        rest = () if rms_rows is None else (rms_rows,)
-        buffers = jax.tree.map(
-            lambda g, new, old, *rows: old if g is None else stored(new, old, *rows),
-            updates,
-            new,
-            state.trace,
-            *rest,
-            is_leaf=is_none,
-        )
-        return traced(new) if nesterov else new, optax.TraceState(buffers)
-
-    def check(path, g, buffer):
-        if dtype_of(buffer) != (expected := stored_dtype(g)) and not (
-            dtype is None and wide(dtype_of(buffer)) == dtype_of(buffer)
-        ):
-            raise ValueError(
-                f"Invalid state: the momentum buffer of {leaf_name(path)!r} is stored as {dtype_of(buffer)}, "
-                f"this optimizer stores it as {expected}: optax.tree.cast of it converts it."
-            )
+        steps = list(map(step, grads, buffers, leaf_numbers(buffers), rows))
+        us, buffers = (treedef.unflatten(xs) for xs in (zip(*steps, strict=True) if steps else ((), ())))
+        return us, optax.TraceState(buffers)
 
     return Transformation(init_fn, update_fn, moves_all=["momentum"])
 
@@ -118,10 +107,14 @@ def _traced(g, buffer, decay):
     return optax.trace(decay).update(g, optax.TraceState(buffer))[0]
 
 
-def decayed_weights(weight_decay, mask, learning_rate=None):
-    """Adds weight_decay * p to the updates or, given the learning rate, -learning_rate * weight_decay * p."""
-    if isinstance(weight_decay, float) and weight_decay == 0:
-        return optax.identity()  # which needs no parameters
+def decayed_weights(weight_decay, mask=None, learning_rate=None, name="weight_decay"):
+    """Adds weight_decay * p to the updates or, given the learning rate, -learning_rate * weight_decay * p.
+
+    None and the number 0 are no weight decay, which needs no parameters; an array of 0 may change.
+    """
+    weight_decay = None if weight_decay is None else _checks.number(name, weight_decay)
+    if weight_decay is None or (isinstance(weight_decay, float) and weight_decay == 0):
+        return optax.identity()
     if learning_rate is None:
         factor = weight_decay
     elif callable(learning_rate):

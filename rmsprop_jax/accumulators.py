@@ -221,8 +221,8 @@ def named(accumulator: str | Accumulator) -> Accumulator | None:
     if isinstance(accumulator, str | type) or not all(map(callable, methods)):
         names = ", ".join(map(repr, NAMED))
         raise ValueError(
-            f"Invalid accumulator: {accumulator=}, expected {names} or an object as rmsprop_jax.accumulators "
-            "has."
+            f"Invalid accumulator: {accumulator=}, expected {names}, as a string, or an object with the "
+            "methods of rmsprop_jax.accumulators.Accumulator."
         )
     return accumulator
 

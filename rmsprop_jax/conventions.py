@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax import _checks
+from rmsprop_jax._dtypes import clip, real
 from rmsprop_jax._parts import chain, decayed_weights
 from rmsprop_jax.optimizer import rmsprop
 from rmsprop_jax.transform import Transformation
@@ -64,8 +65,8 @@ def torch(
     lr: optax.ScalarOrSchedule = 1e-2,
     alpha: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    momentum: jax.typing.ArrayLike = 0.0,
+    weight_decay: jax.typing.ArrayLike | None = None,
+    momentum: jax.typing.ArrayLike | None = None,
     centered: bool = False,
     *,
     maximize: bool = False,
@@ -101,13 +102,13 @@ def torch(
         lr_in_momentum=False,
     )
     ascent = optax.scale(-1.0) if maximize else optax.identity()
-    return chain(ascent, _coupled_decay(weight_decay), tx)
+    return chain(ascent, decayed_weights(weight_decay), tx)
 
 
 def keras(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     rho: jax.typing.ArrayLike = 0.9,
-    momentum: jax.typing.ArrayLike = 0.0,
+    momentum: jax.typing.ArrayLike | None = None,
     epsilon: jax.typing.ArrayLike = 1e-7,
     centered: bool = False,
     weight_decay: jax.typing.ArrayLike | None = None,
@@ -137,7 +138,7 @@ def keras(
         _checks.precise_number("epsilon", epsilon),
         centered=centered,
         momentum=_momentum(momentum),
-        weight_decay=0.0 if weight_decay is None else weight_decay,
+        weight_decay=weight_decay,
     )
     return chain(_clip(clipnorm=clipnorm, clipvalue=clipvalue, global_clipnorm=global_clipnorm), tx)
 
@@ -145,7 +146,7 @@ def keras(
 def tensorflow(
     learning_rate: optax.ScalarOrSchedule,
     decay: jax.typing.ArrayLike = 0.9,
-    momentum: jax.typing.ArrayLike = 0.0,
+    momentum: jax.typing.ArrayLike | None = None,
     epsilon: jax.typing.ArrayLike = 1e-10,
     centered: bool = False,
 ) -> Transformation:
@@ -181,8 +182,8 @@ def timm(
     lr: optax.ScalarOrSchedule = 1e-2,
     alpha: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-10,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    momentum: jax.typing.ArrayLike = 0.0,
+    weight_decay: jax.typing.ArrayLike | None = None,
+    momentum: jax.typing.ArrayLike | None = None,
     centered: bool = False,
     decoupled_decay: bool = False,
     corrected_weight_decay: bool = False,
@@ -224,14 +225,14 @@ def timm(
     if caution and momentum is not None:
         tx = _cautious(tx)
     if decoupled_decay:
-        return chain(tx, decayed_weights(_checks.number("weight_decay", weight_decay), None, decay_rate))
-    return chain(_coupled_decay(weight_decay), tx)
+        return chain(tx, decayed_weights(weight_decay, None, decay_rate))
+    return chain(decayed_weights(weight_decay), tx)
 
 
 def sonnet(
     learning_rate: optax.ScalarOrSchedule,
     decay: jax.typing.ArrayLike = 0.9,
-    momentum: jax.typing.ArrayLike = 0.0,
+    momentum: jax.typing.ArrayLike | None = None,
     epsilon: jax.typing.ArrayLike = 1e-10,
     centered: bool = False,
 ) -> Transformation:
@@ -309,8 +310,8 @@ def stable_baselines3(
     lr: optax.ScalarOrSchedule = 1e-2,
     alpha: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    momentum: jax.typing.ArrayLike = 0.0,
+    weight_decay: jax.typing.ArrayLike | None = None,
+    momentum: jax.typing.ArrayLike | None = None,
     centered: bool = False,
 ) -> Transformation:
     r"""`stable_baselines3.common.sb2_compat.rmsprop_tf_like.RMSpropTFLike`, as read in Stable-Baselines3 2.9.
@@ -333,7 +334,7 @@ def stable_baselines3(
         momentum=_momentum(momentum),
         lr_in_momentum=False,
     )
-    return chain(_coupled_decay(weight_decay), tx)
+    return chain(decayed_weights(weight_decay), tx)
 
 
 def mxnet(
@@ -342,7 +343,7 @@ def mxnet(
     momentum: jax.typing.ArrayLike = 0.9,
     epsilon: jax.typing.ArrayLike = 1e-8,
     centered: bool = False,
-    wd: jax.typing.ArrayLike = 0.0,
+    wd: jax.typing.ArrayLike | None = None,
 ) -> Transformation:
     r"""`mxnet.optimizer.RMSProp`, as read in the Python step of MXNet 2.0.
 
@@ -363,18 +364,15 @@ def mxnet(
         centered=centered,
         momentum=_momentum(momentum) if centered else None,
     )
-    return chain(_coupled_decay(wd, "wd"), tx)
+    return chain(decayed_weights(wd, name="wd"), tx)
 
 
 def _momentum(value):
     """Frameworks write 0 for no momentum, Optax None."""
+    if value is None:
+        return None
     value = _checks.decay("momentum", value)
     return None if isinstance(value, float) and value == 0 else value
-
-
-def _coupled_decay(value, name="weight_decay"):
-    """Weight decay as a penalty: weight_decay * p is added to the gradient."""
-    return decayed_weights(_checks.number(name, value), None)
 
 
 def _clip(**limits):
@@ -384,23 +382,25 @@ def _clip(**limits):
         given = ", ".join(f"{name}={limit}" for name, limit in limits.items())
         raise ValueError(f"Invalid {given}: at most one of clipnorm, clipvalue and global_clipnorm.")
     rules = {
-        "clipnorm": _clip_each_norm,
-        "clipvalue": optax.clip,
+        "clipnorm": _clip_each_by_norm,
+        "clipvalue": _clip_by_value,
         "global_clipnorm": optax.clip_by_global_norm,
     }
     for name, limit in limits.items():
         if not (isinstance(limit, float) and limit == 0):
-            return rules[name](limit)
+            return rules[name](jnp.where(limit > 0, limit, jnp.inf))  # an array may be 0, which clips nothing
     return optax.identity()
 
 
-def _clip_each_norm(limit):
+def _clip_each_by_norm(limit):
     """Each leaf to an L2 norm of `limit` at most."""
+    rule = optax.clip_by_global_norm(limit)
+    return optax.stateless_with_tree_map(lambda g, _: rule.update(g, optax.EmptyState())[0])
 
-    def clip(g):
-        return g * (limit / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(jnp.abs(g)))), limit))
 
-    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
+def _clip_by_value(limit):
+    """`optax.clip`, also of complex numbers, part by part."""
+    return optax.stateless_with_tree_map(lambda g, _: clip(g, limit.astype(real(g.dtype))))
 
 
 def _corrected(lr, max_lr):

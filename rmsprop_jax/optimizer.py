@@ -29,7 +29,7 @@ def rmsprop(
     bias_correction: bool = False,
     *,
     lr_in_momentum: bool = True,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: jax.typing.ArrayLike | None = None,
     mask: optax.MaskOrFn | None = None,
     accumulator: str | accumulators.Accumulator = "float32",
     momentum_dtype: jax.typing.DTypeLike | None = None,
@@ -58,7 +58,8 @@ def rmsprop(
       lr_in_momentum: whether the learning rate enters before the momentum buffer (Optax, TensorFlow) or
         after it (PyTorch). The two differ whenever the learning rate changes.
       weight_decay: decoupled, as in :func:`optax.adamw`: the parameter is reduced by
-        ``learning_rate * weight_decay`` of itself, outside of `nu` and of the momentum buffer. At least 0.
+        ``learning_rate * weight_decay`` of itself, outside of `nu` and of the momentum buffer. At least 0;
+        None for none.
       mask: which parameters decay: a tree of bools with the parameters' structure or a prefix of it, or a
         function from the parameters to one; None for all.
       accumulator: how `nu` is stored between updates, see :func:`rmsprop_jax.scale_by_rms`.
@@ -103,7 +104,8 @@ def rmsprop(
       <https://arxiv.org/abs/1711.05101>`_, 2019
     """
     learning_rate = _checks.learning_rate("learning_rate", learning_rate)
-    weight_decay = _checks.number("weight_decay", weight_decay)
+    if isinstance(decay, jax.Array) or isinstance(mask, jax.Array):
+        _checks.from_injected("mask", mask)
     nesterov = _checks.flag("nesterov", nesterov)
     lr_in_momentum = _checks.flag("lr_in_momentum", lr_in_momentum)
 

@@ -7,6 +7,7 @@ from a zero start too small a one, by a factor of up to 1/sqrt(1 - decay). The a
     learning_rate_t = min(1, t / steps) * learning_rate,   steps = 2 / (1 - decay),   t = 1, 2, ...
 """
 
+import jax
 import optax
 
 from rmsprop_jax import _checks
@@ -56,4 +57,10 @@ def warmup(
         return learning_rate
 
     fraction = optax.linear_schedule(1 / steps, 1.0, steps - 1) if steps > 1 else optax.constant_schedule(1.0)
-    return optax.join_schedules([lambda count: fraction(count) * learning_rate(0), learning_rate], [steps])
+    joined = optax.join_schedules([lambda count: fraction(count) * learning_rate(0), learning_rate], [steps])
+
+    def schedule(count):
+        with jax.numpy_dtype_promotion("standard"):  # Optax's schedules rely on it
+            return joined(count)
+
+    return schedule

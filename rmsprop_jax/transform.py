@@ -5,12 +5,11 @@ The rule itself is in `_rule.py`.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from rmsprop_jax import _checks, accumulators
 from rmsprop_jax._dtypes import dtype_of, full_like, real, wide
-from rmsprop_jax._leaves import flatten_matching, leaf_name
+from rmsprop_jax._leaves import flatten_matching, leaf_name, leaf_numbers
 from rmsprop_jax._rule import Settings, rule
 from rmsprop_jax._states import ScaleByRmsState
 
@@ -126,7 +125,7 @@ def scale_by_rms(
         count = incremented(state.count)
         now = count if bias_correction or codec is not None else None
         rows = [None] * len(nus) if rms_rows is None else treedef.flatten_up_to(rms_rows)
-        places = [None] * len(nus) if codec is None else list(zip(_numbers(nus), rows, strict=True))
+        places = [None] * len(nus) if codec is None else list(zip(leaf_numbers(nus), rows, strict=True))
         results = [
             (None, nu, mu) if g is None else rule(g, nu, mu, place, now, settings)
             for g, nu, mu, place in zip(grads, nus, mus, places, strict=True)
@@ -162,17 +161,13 @@ def flatten_as_stored(grads, state, settings):
             found, expected = state.accumulator or dtype_of(nu).name, accumulators.title(settings.accumulator)
             raise ValueError(
                 f"Invalid state: its nu is stored as {found}, this optimizer stores it as {expected}. "
-                f"accumulators.convert(state, {expected!r}) converts it."
+                f"accumulators.convert(state, {expected!r}, source={found!r}) converts it; where a file did not "
+                "say what its codes are, source says it."
             )
     for g, mu in zip(leaves, mus, strict=True):
         if g is not None and mu is not None and wide(dtype_of(mu)) != dtype_of(mu):
             raise ValueError(f"Invalid state: its mu is stored as {dtype_of(mu)}, expected float32.")
     return leaves, treedef, nus, mus
-
-
-def _numbers(nus):
-    """The number of each leaf among all; where a gradient is None, that may stand for several leaves."""
-    return np.cumsum([0, *(len(jax.tree.leaves(nu)) for nu in nus)]).astype(np.uint32)[: len(nus)]
 
 
 def _accumulator_dtype(path, param):

@@ -13,7 +13,7 @@ import optax
 from rmsprop_jax import rounding
 from rmsprop_jax._dtypes import dtype_of, narrow, wide
 from rmsprop_jax._leaves import is_none, leaf_name
-from rmsprop_jax._row_gradient import RowGradient, in_range
+from rmsprop_jax._row_gradient import in_range, is_row_gradient
 
 
 def apply_updates(
@@ -36,8 +36,8 @@ def apply_updates(
         params = apply_updates(params, updates, key=jax.random.fold_in(key, step))
 
     Args:
-      params: a tree of arrays; None leaves stay None.
-      updates: a tree of the same structure, of arrays and :class:`rmsprop_jax.rows.RowGradient`.
+      params: a tree of arrays; leaves whose update is None stay as they are, and may be anything.
+      updates: a tree of the same structure, of arrays, :class:`rmsprop_jax.rows.RowGradient` and None.
       key: a `jax.random` key for rounding parameters of less than float32; None rounds to nearest, as Optax
         does. Other parameters are written as without it.
 
@@ -57,33 +57,46 @@ def apply_updates(
        [0. 0.]
        [5. 6.]]
     """
-    seed = None if key is None else jax.random.bits(key, (2,), "uint32")
+    seed = None if key is None else _seed(key)
     leaf = itertools.count()
 
-    def add(path, p, u):
+    def add(path, u, p):
         where = None if seed is None else (next(leaf), seed)
-        return _add(path, p, u, where)
+        return p if u is None else _add(leaf_name(path), p, u, where)
 
-    return jax.tree_util.tree_map_with_path(add, params, updates, is_leaf=is_none)
+    return jax.tree_util.tree_map_with_path(
+        add, updates, params, is_leaf=lambda u: is_none(u) or is_row_gradient(u)
+    )
+
+
+def _seed(key):
+    if not isinstance(key, jax.Array) or not (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    ):
+        raise ValueError(f"Invalid key: {key=}, expected one of jax.random, such as jax.random.key(0).")
+    return jax.random.bits(key, (2,), "uint32")
 
 
 # Jitted for eager callers: one dispatch instead of three. Inlined under an outer jit.
 _add_dense = jax.jit(optax.apply_updates, inline=True)
 
 
-def _add(path, p, u, where):
+def _add(name, p, u, where):
     if p is None:
-        return None
+        raise ValueError(f"Update {name!r} has no parameter, which is None.")
     shape = jnp.shape(p)
-    if isinstance(u, RowGradient):
+    if is_row_gradient(u):
         if u.shape != shape:
             raise ValueError(
-                f"Row-sparse update {leaf_name(path)!r} has shape {u.shape}, its parameter has shape {shape}."
+                f"Row-sparse update {name!r} has shape {u.shape}, its parameter has shape {shape}."
             )
         return _add_rows(p, u, where)
     if not _broadcasts(jnp.shape(u), shape):
+        raise ValueError(f"Update {name!r} has shape {jnp.shape(u)}, its parameter has shape {shape}.")
+    if dtype_of(u) == jax.dtypes.float0:
         raise ValueError(
-            f"Update {leaf_name(path)!r} has shape {jnp.shape(u)}, its parameter has shape {shape}."
+            f"Update {name!r} has dtype float0: its parameter is not differentiable. optax.masked leaves "
+            "it out."
         )
     if where is None or wide(dtype_of(p)) == dtype_of(p):
         return _add_dense(p, u)
