@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import each
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from rmsprop_jax import rmsprop, rows, warmup
@@ -63,7 +64,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("tx", WRAPPED.values(), ids=WRAPPED)
+@each(tx=WRAPPED)
 def test_finds_the_accumulators_in_every_wrapper(tx):
     """Every array of a parameter's shape is split; the tree is that of the state."""
     params = {"layer": {"kernel": struct((8, 64)), "bias": struct((64,))}}
