@@ -91,11 +91,11 @@ def test_says_what_is_wrong():
 
 
 def test_on_eight_simulated_devices(pytestconfig):
-    """tests/distributed/on_eight_devices.py, in a process of its own for its devices."""
-    program = Path(__file__).parent / "distributed" / "on_eight_devices.py"
+    """tests/distributed/*on_eight_devices.py, in a process of its own for its devices."""
+    programs = sorted(Path(__file__).parent.glob("distributed/*on_eight_devices.py"))
     command = (sys.executable, "-m", "pytest", "-q")
     result = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-m", pytestconfig.option.markexpr, str(program)],
+        [*command, "-p", "no:cacheprovider", "-m", pytestconfig.option.markexpr, *map(str, programs)],
         text=True,
         capture_output=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
