@@ -94,8 +94,7 @@ def test_lookahead():
 
     @jax.jit
     def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params.fast), state, params)
-        return optax.apply_updates(params, updates), state
+        return step_of(tx)(params, state, jax.grad(loss)(params.fast))
 
     state = tx.init(params)
     for _ in range(800):
