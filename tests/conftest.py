@@ -6,6 +6,8 @@ Not everywhere: Optax's schedules promote dtypes.
 import jax
 import pytest
 
+pytest.register_assert_rewrite("helpers")  # so that its assertions show the values, too
+
 
 @pytest.fixture(autouse=True)
 def no_rank_promotion(request):

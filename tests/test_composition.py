@@ -1,15 +1,12 @@
-"""Inside Optax, JAX's transformations, Flax and Equinox, as an Optax transformation is used there."""
+"""Inside Optax and JAX's transformations, as an Optax transformation is used there."""
 
 import chex
-import equinox as eqx
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from flax.training.train_state import TrainState
+from helpers import each, step_of
 
 from rmsprop_jax import ScaleByRmsState, rmsprop, scale_by_rms, warmup
 
@@ -31,12 +28,10 @@ def train(tx, steps=400, params=None):
 
     @jax.jit
     def step(params, state):
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return step_of(tx)(params, state, jax.grad(loss)(params))
 
     for _ in range(steps):
-        params, state, _ = step(params, state)
+        params, state = step(params, state)
     return params, state
 
 
@@ -56,7 +51,7 @@ WRAPPED = {
 @pytest.mark.parametrize(
     "form", [{}, {"momentum": 0.5}, {"centered": True, "bias_correction": True, "eps": 1e-2}]
 )
-@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@each(wrap=WRAPPED)
 def test_it_trains_inside_the_wrappers_of_optax(wrap, form):
     params, _ = train(wrap(rmsprop(ANNEALED, **form)), steps=800)
     assert loss(params) < 1e-3
@@ -99,8 +94,7 @@ def test_lookahead():
 
     @jax.jit
     def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params.fast), state, params)
-        return optax.apply_updates(params, updates), state
+        return step_of(tx)(params, state, jax.grad(loss)(params.fast))
 
     state = tx.init(params)
     for _ in range(800):
@@ -127,8 +121,7 @@ def test_inject_hyperparams_changes_them_without_compiling(form, dtype):
     @jax.jit
     def step(params, state):
         traces.append(1)
-        updates, state = tx.update(params, state, params)
-        return optax.apply_updates(params, updates), state
+        return step_of(tx)(params, state, params)
 
     plain = rmsprop(0.1, decay=0.999, weight_decay=0.01, **form)
     plain_state = plain.init(params)
@@ -201,8 +194,7 @@ def test_scan_is_the_python_loop():
 
     def step(carry, _):
         params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return step_of(tx)(params, state, jax.grad(loss)(params)), None
 
     scanned, _ = jax.lax.scan(step, (start(), tx.init(start())), length=50)
     chex.assert_trees_all_close(scanned, train(tx, steps=50), rtol=1e-5, atol=1e-6)
@@ -213,8 +205,7 @@ def test_vmap_trains_an_ensemble_with_a_learning_rate_each():
         tx = rmsprop(learning_rate)
         params, state = start(), tx.init(start())
         for _ in range(5):
-            updates, state = tx.update(jax.grad(loss)(params), state, params)
-            params = optax.apply_updates(params, updates)
+            params, state = step_of(tx)(params, state, jax.grad(loss)(params))
         return params
 
     rates = jnp.array([0.01, 0.1, 1.0])
@@ -251,76 +242,3 @@ def test_meta_gradients_flow_through_an_update(eps_in_sqrt, zero):
 
     slope = jax.grad(after)(0.1)
     np.testing.assert_allclose(slope, (after(0.101) - after(0.099)) / 0.002, rtol=1e-2, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    return jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
-
-
-def cross_entropy(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def optimizer():
-    return optax.chain(optax.clip_by_global_norm(1.0), rmsprop(warmup(3e-3), momentum=0.5))
-
-
-def test_flax_nnx_optimizer(digits):
-    images, labels = digits
-    rngs = nnx.Rngs(0)
-    model = nnx.Sequential(
-        nnx.Linear(64, 32, rngs=rngs), nnx.BatchNorm(32, rngs=rngs), nnx.relu, nnx.Linear(32, 10, rngs=rngs)
-    )
-    trainer = nnx.Optimizer(model, optimizer(), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, trainer):
-        value, grads = nnx.value_and_grad(lambda m: cross_entropy(m(images), labels))(model)
-        trainer.update(model, grads)
-        return value
-
-    losses = [step(model, trainer) for _ in range(60)]
-    assert losses[-1] < 0.2 < 2 < losses[0]
-
-
-def test_flax_linen_train_state(digits):
-    images, labels = digits
-    model = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(10)])
-    params = model.init(jax.random.key(0), images)["params"]
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer())
-
-    @jax.jit
-    def step(state):
-        value, grads = jax.value_and_grad(
-            lambda p: cross_entropy(state.apply_fn({"params": p}, images), labels)
-        )(state.params)
-        return state.apply_gradients(grads=grads), value
-
-    losses = []
-    for _ in range(60):
-        state, value = step(state)
-        losses.append(value)
-    assert losses[-1] < 0.5 < 2 < losses[0]
-
-
-def test_equinox(digits):
-    images, labels = digits
-    model = eqx.nn.MLP(64, 10, 32, 1, key=jax.random.key(0))
-    tx = optimizer()
-    state = tx.init(eqx.filter(model, eqx.is_inexact_array))
-
-    @eqx.filter_jit
-    def step(model, state):
-        value, grads = eqx.filter_value_and_grad(lambda m: cross_entropy(jax.vmap(m)(images), labels))(model)
-        updates, state = tx.update(grads, state, model)
-        return eqx.apply_updates(model, updates), state, value
-
-    losses = []
-    for _ in range(60):
-        model, state, value = step(model, state)
-        losses.append(value)
-    assert losses[-1] < 0.5 < 2 < losses[0]

@@ -6,15 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import first_argument, step_of
 
 from rmsprop_jax import conventions
 
 ALL = [f for _, f in inspect.getmembers(conventions, inspect.isfunction) if not f.__name__.startswith("_")]
 ALL = [f for f in ALL if f.__module__ == conventions.__name__]
-
-
-def first_argument(convention):
-    return next(iter(inspect.signature(convention).parameters))
 
 
 # Each argument of each convention that is a number.
@@ -103,8 +100,7 @@ def test_a_schedule_is_a_function_of_the_number_of_updates(convention):
     def path(tx):
         params, state, path = jnp.ones(3), tx.init(jnp.ones(3)), []
         for _ in range(3):
-            updates, state = tx.update(params * jnp.array([1.0, -2.0, 0.3]), state, params)
-            params = optax.apply_updates(params, updates)
+            params, state = step_of(tx)(params, state, params * jnp.array([1.0, -2.0, 0.3]))
             path.append(params)
         return np.stack(path)
 

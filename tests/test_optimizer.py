@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import scanned, step_of
 
 from rmsprop_jax import rmsprop, scale_by_rms
 
@@ -17,12 +18,11 @@ def trajectory(tx, steps=30, dtype=jnp.float32):
     """Parameters after each step of a noisy quadratic, and the last state."""
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(rng.normal(size=(3, 2)), dtype), "bias": jnp.ones(2, dtype)}
-    state = tx.init(params)
+    step, state = step_of(tx), tx.init(params)
     history = []
     for _ in range(steps):
         grads = jax.tree.map(lambda p: p + jnp.asarray(rng.normal(size=p.shape), dtype), params)
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, grads)
         history.append(params)
     return history, state
 
@@ -81,11 +81,10 @@ def test_weight_decay_is_decoupled_and_masked(form, learning_rate):
         learning_rate, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p), **form
     )
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    state = tx.init(params)
+    step, state = step_of(tx), tx.init(params)
     expected = 1.0
     for t in range(5):
-        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, jax.tree.map(jnp.zeros_like, params))
         expected *= 1 - 0.1 * (CHANGING(t) if callable(learning_rate) else learning_rate)
     np.testing.assert_allclose(params["kernel"], expected, rtol=1e-6)
     np.testing.assert_array_equal(params["bias"], 1.0)
@@ -133,7 +132,7 @@ def test_optax_stalls_in_bfloat16_where_ours_follows():
 
     def accumulator(tx):
         gradients = jnp.repeat(jnp.array([100.0, 0.01], jnp.bfloat16), jnp.array([100, 8000]))
-        state, _ = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(gradients[0]), gradients)
+        state, _ = scanned(tx, gradients)
         return float(optax.tree.get(state, "nu"))
 
     exact = 1e4 * (1 - 0.999**100) * 0.999**8000 + 1e-4

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import each
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from rmsprop_jax import rmsprop, rows, warmup
@@ -63,7 +64,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("tx", WRAPPED.values(), ids=WRAPPED)
+@each(tx=WRAPPED)
 def test_finds_the_accumulators_in_every_wrapper(tx):
     """Every array of a parameter's shape is split; the tree is that of the state."""
     params = {"layer": {"kernel": struct((8, 64)), "bias": struct((64,))}}
@@ -90,11 +91,11 @@ def test_says_what_is_wrong():
 
 
 def test_on_eight_simulated_devices(pytestconfig):
-    """tests/distributed/on_eight_devices.py, in a process of its own for its devices."""
-    program = Path(__file__).parent / "distributed" / "on_eight_devices.py"
+    """tests/distributed/*on_eight_devices.py, in a process of its own for its devices."""
+    programs = sorted(Path(__file__).parent.glob("distributed/*on_eight_devices.py"))
     command = (sys.executable, "-m", "pytest", "-q")
     result = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-m", pytestconfig.option.markexpr, str(program)],
+        [*command, "-p", "no:cacheprovider", "-m", pytestconfig.option.markexpr, *map(str, programs)],
         text=True,
         capture_output=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},

@@ -11,42 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import forms
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from meshes import LAYOUTS, assert_equal, data_mesh, mesh_of, placed, shardings
 
 from rmsprop_jax import apply_updates, rmsprop, rows, warmup
 from rmsprop_jax.sharding import state_sharding
 
-jax.config.update("jax_num_cpu_devices", 8)
-
-FORMS = {
-    "plain": {},
+FORMS = forms("plain", "centered_momentum") | {
     "outside": {"eps_in_sqrt": False, "bias_correction": True},
-    "centered_momentum": {"centered": True, "momentum": 0.9},
     "nesterov_after": {"momentum": 0.9, "nesterov": True, "lr_in_momentum": False, "weight_decay": 0.01},
     "bfloat16": {"accumulator": "bfloat16", "momentum": 0.9, "momentum_dtype": jnp.bfloat16},
     "uint8": {"accumulator": "uint8", "centered": True},
 }
 SHAPES = {"kernel": (16, 24), "scale": (8,), "odd": (3, 5), "scalar": ()}
-LAYOUTS = {  # of the kernel
-    "replicated": PartitionSpec(),
-    "fully sharded": PartitionSpec("data"),
-    "tensor-parallel": PartitionSpec(None, "model"),
-    "both": PartitionSpec("data", "model"),
-}
-
-
-def mesh_of(devices, kind=AxisType.Auto):
-    """From four devices on, two of them along the axis "model"."""
-    shape = (devices // 2, 2) if devices > 2 else (devices, 1)
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(kind,) * 2, devices=jax.devices()[:devices])
-
-
-def placed(tree, mesh, spec):
-    """The tree on the mesh, its kernel as `spec` says and the rest replicated."""
-    return {
-        name: jax.device_put(x, NamedSharding(mesh, spec if name == "kernel" else PartitionSpec()))
-        for name, x in tree.items()
-    }
 
 
 def filled(x):
@@ -54,16 +32,8 @@ def filled(x):
     return (*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec)))
 
 
-def shardings(tree):
-    return jax.tree.map(lambda x: x.sharding, tree)
-
-
 def random(rng, dtype=jnp.float32):
     return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in SHAPES.items()}
-
-
-def assert_equal(actual, expected, **how):
-    jax.tree.map(partial(np.testing.assert_array_equal, **how), jax.device_get(actual), expected)
 
 
 def updated(tx, dtype, place=lambda tree: tree, zero=None):
@@ -205,7 +175,7 @@ def test_a_training_run_is_the_same_on_every_mesh(accumulator):
 def test_zero_keeps_an_eighth_on_each_device(form):
     """And the compiled step gathers the new parameters, and nothing else."""
     tx = optax.adam(0.01) if form == "adam" else rmsprop(0.01, **FORMS[form])
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = data_mesh()
     whole = trained(tx, mesh, PartitionSpec())
     parts = trained(tx, mesh, PartitionSpec(), zero=True)
     on_one_device = jax.tree.map(lambda x: x.addressable_shards[0].data.nbytes, parts[1])
@@ -225,7 +195,7 @@ def test_zero_keeps_an_eighth_on_each_device(form):
 def test_zero_in_flax_nnx():
     """The recipe of sharding.py: the state is created in parts, and stays so."""
     nnx = pytest.importorskip("flax.nnx")
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = data_mesh()
     _, (inputs, targets) = model()
 
     def train(zero):
@@ -257,88 +227,6 @@ def test_zero_in_flax_nnx():
             assert x.addressable_shards[0].data.nbytes == x.nbytes / 8
 
 
-@pytest.mark.parametrize("mode", ["exact", "lazy"])
-def test_rows_on_every_mesh(mode):
-    """Bit for bit where every row is looked up once, so that nothing is summed."""
-    tx = rows.rmsprop(0.02, 0.99, mode=mode)
-
-    def updated(mesh=None, spec=None, zero=False):
-        rng = np.random.default_rng(0)
-        table = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
-        layout = None
-        if mesh is not None:
-            table = jax.device_put(table, NamedSharding(mesh, spec))
-            layout = state_sharding(tx, table, mesh, "data") if zero else None
-        state = jax.jit(tx.init, out_shardings=layout)(table)
-        layout = None if layout is None else (table.sharding, layout)
-
-        @partial(jax.jit, donate_argnums=(0, 1), out_shardings=layout)
-        def step(table, state, ids, values):
-            updates, state = tx.update(rows.RowGradient(ids, values, 64), state, table)
-            return apply_updates(table, updates), state
-
-        for _ in range(20):
-            ids = jnp.asarray(rng.choice(70, size=12, replace=False), jnp.int32) - 3  # some out of range
-            table, state = step(table, state, ids, jnp.asarray(rng.normal(size=(12, 16)), jnp.float32))
-        if zero:
-            nu = state.dense[0].nu
-            assert nu.addressable_shards[0].data.nbytes < nu.nbytes
-        return table, state
-
-    expected = jax.device_get(updated())
-    for devices, name, zero in [
-        (2, "fully sharded", False),
-        (8, "replicated", True),
-        (8, "tensor-parallel", True),
-        (8, "both", False),
-    ]:
-        actual = updated(mesh_of(devices), LAYOUTS[name], zero)
-        assert_equal(actual, expected, err_msg=f"{devices=}, {name}, {zero=}")
-
-
-def test_rows_of_several_ids_in_shards():
-    """A whole step, where ids repeat and their gradients are added up in another order on each mesh."""
-
-    def loss_fn(found, params, target):
-        return ((found @ params - target) ** 2).mean()
-
-    def train(place):
-        tx = optax.partition({"rows": rows.rmsprop(0.02, 0.99), "dense": rmsprop(0.02)}, ("rows", "dense"))
-        rng = np.random.default_rng(0)
-        table = place(rng.normal(size=(64, 16)).astype(np.float32))
-        params = jnp.asarray(rng.normal(size=16), jnp.float32)
-        state = jax.tree.map(place, tx.init((table, params)))
-
-        @jax.jit
-        def step(table, params, state, ids, target):
-            loss, grads = rows.value_and_grad(loss_fn)(table, ids, params, target)
-            updates, state = tx.update(grads, state, (table, params))
-            return *apply_updates((table, params), updates), state, loss
-
-        losses = []
-        for _ in range(40):
-            ids = rng.zipf(1.3, 12).astype(np.int32) - 2  # some of them out of range, on either side
-            target = rng.normal(size=12).astype(np.float32)
-            table, params, state, loss = step(table, params, state, ids, target)
-            losses.append(loss.item())
-        return table, optax.tree.get(state.inner_states["rows"], "nu")[0], losses
-
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    expected = train(jnp.asarray)
-    for spec in (PartitionSpec("data"), PartitionSpec(None, "data")):
-
-        def place(x, spec=spec):
-            in_shards = x.shape[:1] == (64,) and len(spec) <= x.ndim
-            return jax.device_put(x, NamedSharding(mesh, spec if in_shards else PartitionSpec()))
-
-        table, nu, losses = train(place)
-        for x in (table, nu):
-            assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), x.sharding
-        np.testing.assert_allclose(losses, expected[2], rtol=1e-4)
-        np.testing.assert_allclose(table, expected[0], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(nu, expected[1], rtol=1e-4, atol=1e-7)
-
-
 def test_accumulators_in_the_hosts_memory():
     """The recipe of sharding.py."""
     kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
@@ -346,7 +234,7 @@ def test_accumulators_in_the_hosts_memory():
         pytest.skip(f"this backend has {kinds}")
     if jax.__version_info__ < (0, 10) and jax.default_backend() == "cpu":
         pytest.skip("XLA of that time places nothing in the host's memory on a mesh of CPU devices")
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = data_mesh()
     tx = rmsprop(0.01, momentum=0.9)
     expected = trained(tx, mesh, PartitionSpec(), zero=True, steps=5)[0]
     params, batch = model()

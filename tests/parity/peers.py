@@ -1,84 +1,162 @@
-"""The frameworks' own optimizers behind one interface.
+"""The frameworks' own optimizers behind one interface, each with the settings that it is compared for.
 
-Each function takes the first parameters, a dictionary of NumPy arrays, the first learning rate and the
-optimizer's settings, and returns `step(grads, lr) -> params`, which takes one step of that framework.
+A peer is a function of the first parameters, a dictionary of NumPy arrays, the first learning rate and the
+optimizer's settings. It returns `step(grads, lr) -> params`, which takes one step of that framework.
 """
 
-import importlib
-import importlib.machinery
-import importlib.metadata
-import importlib.util
 import inspect
-import sys
-import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import NamedTuple
 
 import numpy as np
-import pytest
+from installed import module, package
+
+from rmsprop_jax import conventions
+
+
+class Peer(NamedTuple):
+    convention: Callable
+    start: Callable
+    settings: tuple[dict, ...]
+    signature: Callable | None
+
+
+PEERS = []
+
+
+def peer(convention, *settings, signature=None):
+    """Compares `convention` with the decorated peer, for each of the settings.
+
+    Beside the convention's arguments, settings may have `lr`, another first learning rate than usual, and
+    `changing_lr`. `signature` returns the framework's optimizer, whose arguments are the convention's.
+    """
+
+    def register(start):
+        PEERS.append(Peer(convention, start, settings, signature))
+        return start
+
+    return register
+
+
+# PyTorch, and optimizers written in it -------------------------------------------------------------------
 
 
 def torch_rmsprop():
-    return torch_module().optim.RMSprop
+    return package("torch").optim.RMSprop
 
 
 def timm_rmsprop():
-    torch_module()
-    return _module("timm", "timm/optim", "rmsprop_tf").RMSpropTF
+    package("torch")
+    return module("timm", "timm/optim", "rmsprop_tf").RMSpropTF
 
 
 def stable_baselines3_rmsprop():
-    torch_module()
-    return _module(
-        "stable-baselines3", "stable_baselines3/common/sb2_compat", "rmsprop_tf_like"
-    ).RMSpropTFLike
+    package("torch")
+    return module("stable-baselines3", "stable_baselines3/common/sb2_compat", "rmsprop_tf_like").RMSpropTFLike
 
 
-def keras_module():
-    return _peer("keras")
+def torch_optimizer(optimizer, params, lr, **settings):
+    """Tensors, and the optimizer of these."""
+    torch = package("torch")
+    tensors = {name: torch.nn.Parameter(torch.tensor(p)) for name, p in params.items()}
+    return tensors, optimizer()(tensors.values(), lr=lr, **settings)
 
 
-def keras_rmsprop():
-    return keras_module().optimizers.RMSprop
-
-
-def tensorflow_rmsprop():
-    return _peer("tensorflow").compat.v1.train.RMSPropOptimizer
-
-
-def sonnet_rmsprop():
-    _peer("tensorflow")
-    return _peer("sonnet").optimizers.RMSProp
-
-
-def mlx_rmsprop():
-    return _peer("mlx.optimizers").RMSprop
-
-
-def torch(params, lr, optimizer=torch_rmsprop, **settings):
-    module = torch_module()
-    tensors = {name: module.nn.Parameter(module.tensor(p)) for name, p in params.items()}
-    tx = optimizer()(tensors.values(), lr=lr, **settings)
+def torch_step(tensors, tx):
+    torch = package("torch")
 
     def step(grads, lr):
         for group in tx.param_groups:
             group["lr"] = lr
         for name, tensor in tensors.items():
-            tensor.grad = module.tensor(grads[name])
+            tensor.grad = torch.tensor(grads[name])
         tx.step()
         return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
 
     return step
 
 
+@peer(
+    conventions.torch,
+    # The eight of torch/testing/_internal/common_optimizers.py's optim_inputs_func_rmsprop, and one more.
+    {},
+    {"lr": 2.0**-10},
+    {"weight_decay": 0.1},
+    {"maximize": True},
+    {"weight_decay": 0.1, "centered": True},
+    {"maximize": True, "weight_decay": 0.1},
+    {"weight_decay": 0.1, "centered": True, "momentum": 0.1},
+    {"weight_decay": 0.1, "centered": True, "momentum": 0.1, "maximize": True},
+    {"momentum": 0.9, "changing_lr": True},
+    signature=torch_rmsprop,
+)
+def torch(params, lr, **settings):
+    return torch_step(*torch_optimizer(torch_rmsprop, params, lr, **settings))
+
+
+@peer(
+    conventions.timm,
+    {},
+    {"eps": 1e-3, "momentum": 0.9, "weight_decay": 1e-2, "changing_lr": True},
+    {"momentum": 0.9, "lr_in_momentum": False, "changing_lr": True},
+    {"centered": True, "momentum": 0.5},
+    {"decoupled_decay": True, "weight_decay": 0.1, "momentum": 0.9, "changing_lr": True},
+    {"decoupled_decay": True, "weight_decay": 0.1, "corrected_weight_decay": True},
+    {"momentum": 0.9, "caution": True, "weight_decay": 0.1, "changing_lr": True},
+    {"momentum": 0.9, "caution": True, "lr_in_momentum": False, "decoupled_decay": True, "weight_decay": 0.1},
+    {"caution": True},
+    signature=timm_rmsprop,
+)
 def timm(params, lr, **settings):
-    return torch(params, lr, timm_rmsprop, **settings)
+    return torch_step(*torch_optimizer(timm_rmsprop, params, lr, **settings))
 
 
+@peer(
+    conventions.stable_baselines3,
+    {},
+    {"weight_decay": 0.1, "momentum": 0.9, "changing_lr": True},
+    {"centered": True, "momentum": 0.9, "eps": 1e-5, "changing_lr": True},
+    signature=stable_baselines3_rmsprop,
+)
 def stable_baselines3(params, lr, **settings):
-    return torch(params, lr, stable_baselines3_rmsprop, **settings)
+    return torch_step(*torch_optimizer(stable_baselines3_rmsprop, params, lr, **settings))
 
 
+# Keras, TensorFlow and MLX -------------------------------------------------------------------------------
+
+
+def keras_rmsprop():
+    return package("keras").optimizers.RMSprop
+
+
+def tensorflow_rmsprop():
+    return package("tensorflow").compat.v1.train.RMSPropOptimizer
+
+
+def sonnet_rmsprop():
+    package("tensorflow")
+    return package("sonnet").optimizers.RMSProp
+
+
+def mlx_rmsprop():
+    return package("mlx.optimizers").RMSprop
+
+
+@peer(
+    conventions.keras,
+    {},
+    {"rho": 0.95, "momentum": 0.9, "changing_lr": True},
+    {"centered": True, "epsilon": 1e-3},
+    {"centered": True, "momentum": 0.9, "weight_decay": 0.01, "changing_lr": True},
+    {"clipnorm": 0.5},
+    {"clipvalue": 0.1, "weight_decay": 0.004},
+    {"global_clipnorm": 0.5, "momentum": 0.5},
+    {"clipnorm": 0.0},
+    signature=keras_rmsprop,
+)
 def keras(params, lr, **settings):
-    keras = keras_module()
+    keras = package("keras")
     variables = {name: keras.Variable(p, dtype=p.dtype.name, name=name) for name, p in params.items()}
     tx = keras_rmsprop()(lr, **settings)
 
@@ -90,8 +168,26 @@ def keras(params, lr, **settings):
     return step
 
 
+TENSORFLOW_SETTINGS = [
+    {},
+    {"decay": 0.95, "epsilon": 1e-3},
+    {"momentum": 0.9, "epsilon": 1e-3, "changing_lr": True},
+    {"centered": True, "epsilon": 1e-5},
+    {"decay": 0.95, "centered": True, "momentum": 0.9, "epsilon": 1e-5, "changing_lr": True},
+]
+
+
+def _in_float64(optimizer, settings):
+    """The settings, with the defaults, as TensorFlow's constants: numbers go through float32 there."""
+    tf = package("tensorflow")
+    parameters = inspect.signature(optimizer.__init__).parameters.values()
+    settings = {**{p.name: p.default for p in parameters if type(p.default) is float}, **settings}
+    return {k: v if isinstance(v, bool) else tf.constant(v, tf.float64) for k, v in settings.items()}
+
+
+@peer(conventions.tensorflow, *TENSORFLOW_SETTINGS, signature=tensorflow_rmsprop)
 def tensorflow(params, lr, **settings):
-    tf = _peer("tensorflow")
+    tf = package("tensorflow")
     variables = {name: tf.Variable(p) for name, p in params.items()}
     current = [lr]
     settings = _in_float64(tensorflow_rmsprop(), settings)
@@ -105,8 +201,9 @@ def tensorflow(params, lr, **settings):
     return step
 
 
+@peer(conventions.sonnet, *TENSORFLOW_SETTINGS, signature=sonnet_rmsprop)
 def sonnet(params, lr, **settings):
-    tf = _peer("tensorflow")
+    tf = package("tensorflow")
     variables = {name: tf.Variable(p) for name, p in params.items()}
     tx = sonnet_rmsprop()(lr, **_in_float64(sonnet_rmsprop(), settings))
 
@@ -118,8 +215,9 @@ def sonnet(params, lr, **settings):
     return step
 
 
+@peer(conventions.mlx, {}, {"alpha": 0.9, "eps": 1e-3, "changing_lr": True}, signature=mlx_rmsprop)
 def mlx(params, lr, **settings):
-    mx = _peer("mlx.core")
+    mx = package("mlx.core")
     mx.set_default_device(mx.cpu)
     tx = mlx_rmsprop()(lr, **settings)
     arrays = {name: mx.array(p, dtype=mx.float64) for name, p in params.items()}
@@ -127,17 +225,20 @@ def mlx(params, lr, **settings):
     def step(grads, lr):
         nonlocal arrays
         tx.learning_rate = lr
-        arrays = tx.apply_gradients(
-            {name: mx.array(g, dtype=mx.float64) for name, g in grads.items()}, arrays
-        )
+        grads = {name: mx.array(g, dtype=mx.float64) for name, g in grads.items()}
+        arrays = tx.apply_gradients(grads, arrays)
         return {name: np.array(p) for name, p in arrays.items()}
 
     return step
 
 
+# Published equations -------------------------------------------------------------------------------------
+
+
 def equations(update):
     """A peer from its published equations: `update(g, p, lr, memory, **settings) -> p` for one leaf."""
 
+    @wraps(update)
     def start(params, lr, **settings):
         memories = {name: {"v": 0.0, "m": 0.0, "b": 0.0} for name in params}
         params = dict(params)
@@ -152,6 +253,7 @@ def equations(update):
     return start
 
 
+@peer(conventions.hinton, {"beta": 0.9, "epsilon": 1e-8})
 @equations
 def hinton(g, p, lr, memory, beta, epsilon):
     """Tieleman and Hinton, Lecture 6.5, 2012, slide 29, with epsilon added to the root."""
@@ -159,6 +261,7 @@ def hinton(g, p, lr, memory, beta, epsilon):
     return p - lr * g / (np.sqrt(memory["v"]) + epsilon)
 
 
+@peer(conventions.graves, {"decay": 0.95, "momentum": 0.9, "eps": 1e-4, "changing_lr": True})
 @equations
 def graves(g, p, lr, memory, decay, momentum, eps):
     """Graves, https://arxiv.org/abs/1308.0850v5, equations 38 to 45."""
@@ -168,6 +271,7 @@ def graves(g, p, lr, memory, decay, momentum, eps):
     return p + memory["b"]
 
 
+@peer(conventions.dqn, {"decay": 0.95, "eps": 0.01})
 @equations
 def dqn(g, p, lr, memory, decay, eps):
     """Mnih et al., 2015: `qLearnMinibatch` of the published NeuralQLearner.lua."""
@@ -176,6 +280,14 @@ def dqn(g, p, lr, memory, decay, eps):
     return p - lr * g / np.sqrt(memory["v"] - memory["m"] ** 2 + eps)
 
 
+@peer(
+    conventions.mxnet,
+    *(
+        {"rho": 0.9, "momentum": 0.9, "epsilon": 1e-8, "centered": centered, "wd": wd}
+        for centered in (False, True)
+        for wd in (0.0, 0.1)
+    ),
+)
 @equations
 def mxnet(g, p, lr, memory, rho, momentum, epsilon, centered, wd):
     """`RMSProp.step` of MXNet 2.0's python/mxnet/optimizer/rmsprop.py."""
@@ -186,36 +298,3 @@ def mxnet(g, p, lr, memory, rho, momentum, epsilon, centered, wd):
     memory["m"] = rho * memory["m"] + (1 - rho) * g
     memory["b"] = momentum * memory["b"] - lr * g / np.sqrt(memory["v"] - memory["m"] ** 2 + epsilon)
     return p + memory["b"]
-
-
-def _in_float64(optimizer, settings):
-    """The settings, with the defaults, as TensorFlow's constants: numbers go through float32 there."""
-    tf = _peer("tensorflow")
-    parameters = inspect.signature(optimizer.__init__).parameters.values()
-    settings = {**{p.name: p.default for p in parameters if type(p.default) is float}, **settings}
-    return {k: v if isinstance(v, bool) else tf.constant(v, tf.float64) for k, v in settings.items()}
-
-
-def _peer(name):
-    """The module, whose import may warn; or a skipped test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name, reason=f"{name.split('.')[0]} is not installed: make peers")
-
-
-def torch_module():
-    return _peer("torch")
-
-
-def _module(distribution, folder, name):
-    """One module of an installed distribution without the packages around it, which import much more."""
-    try:
-        path = importlib.metadata.distribution(distribution).locate_file(folder)
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{distribution} is not installed: make peers")
-    package = f"_{folder.replace('/', '_')}"
-    if package not in sys.modules:
-        spec = importlib.machinery.ModuleSpec(package, loader=None, is_package=True)
-        spec.submodule_search_locations = [str(path)]
-        sys.modules[package] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{package}.{name}")

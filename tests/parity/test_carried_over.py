@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import peers
 import pytest
+from helpers import step_of
+from installed import package
 
 from rmsprop_jax import conventions, interop, rmsprop
 
@@ -38,11 +40,7 @@ def empty(dtype):
 def continued(tx, params, state, start, steps):
     """The parameters, under PyTorch's names, after each further step of `tx`."""
 
-    @jax.jit
-    def update(grads, state, params):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
+    update = jax.jit(step_of(tx))
     path = []
     for t in range(start, start + steps):
         named = {
@@ -50,9 +48,8 @@ def continued(tx, params, state, start, steps):
             "fc.bias": np.asarray(params["fc"]["bias"]),
         }
         grads = grads_at(t, named)
-        params, state = update(
-            {"fc": {"kernel": grads["fc.weight"].T, "bias": grads["fc.bias"]}}, state, params
-        )
+        grads = {"fc": {"kernel": grads["fc.weight"].T, "bias": grads["fc.bias"]}}
+        params, state = update(params, state, grads)
         path.append({"fc.weight": params["fc"]["kernel"].T, "fc.bias": params["fc"]["bias"]})
     return path, params, state
 
@@ -63,22 +60,11 @@ def assert_same(path, expected, rtol):
             np.testing.assert_allclose(got[name], want[name], rtol=rtol, atol=rtol)
 
 
-def torch_optimizer(optimizer, params, lr, **settings):
-    torch = peers.torch_module()
-    tensors = {name: torch.nn.Parameter(torch.tensor(p)) for name, p in params.items()}
-    return tensors, optimizer()(tensors.values(), lr=lr, **settings)
-
-
 def torch_steps(tensors, tx, start, steps):
-    torch = peers.torch_module()
-    path = []
+    step, path = peers.torch_step(tensors, tx), []
     for t in range(start, start + steps):
-        tx.param_groups[0]["lr"] = float(LRS[t])
         grads = grads_at(t, {name: p.detach().numpy() for name, p in tensors.items()})
-        for name, p in tensors.items():
-            p.grad = torch.tensor(grads[name])
-        tx.step()
-        path.append({name: p.detach().numpy().copy() for name, p in tensors.items()})
+        path.append(step(grads, float(LRS[t])))
     return path
 
 
@@ -95,7 +81,7 @@ TORCH = [
 # In float32 each of 100 steps rounds to 6e-8, and momentum adds up ten of them; 1e-5 leaves a factor of 10.
 @pytest.mark.parametrize(("dtype", "rtol"), [("float64", 1e-12), ("float32", 1e-5)])
 def test_from_torch(convention, optimizer, settings, dtype, rtol):
-    tensors, theirs = torch_optimizer(optimizer, torch_start(dtype), LRS[0], **settings)
+    tensors, theirs = peers.torch_optimizer(optimizer, torch_start(dtype), LRS[0], **settings)
     torch_steps(tensors, theirs, 0, 100)
 
     tx = convention(lambda count: jnp.asarray(LRS)[count], **settings)
@@ -115,7 +101,7 @@ def test_to_torch(convention, optimizer, settings):
     params = interop.weights(torch_start("float64"), empty("float64"), NAMES)
     path, params, state = continued(tx, params, tx.init(params), 0, 100)
 
-    tensors, theirs = torch_optimizer(optimizer, path[-1], LRS[100], **settings)
+    tensors, theirs = peers.torch_optimizer(optimizer, path[-1], LRS[100], **settings)
     new = interop.to_torch(state, theirs.state_dict(), params, NAMES, order=list(tensors))
     back = interop.from_torch(new, tx.init(params), params, NAMES, order=list(tensors))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), back, state)
@@ -127,7 +113,7 @@ def test_to_torch(convention, optimizer, settings):
 
 @pytest.mark.usefixtures("x64")
 def test_the_learning_rate_moves_into_and_out_of_the_buffer():
-    tensors, theirs = torch_optimizer(peers.torch_rmsprop, torch_start("float64"), LRS[0], momentum=0.9)
+    tensors, theirs = peers.torch_optimizer(peers.torch_rmsprop, torch_start("float64"), LRS[0], momentum=0.9)
     torch_steps(tensors, theirs, 0, 100)
     lr = theirs.param_groups[0]["lr"]
 
@@ -148,7 +134,7 @@ def test_the_learning_rate_moves_into_and_out_of_the_buffer():
 
 
 def test_parameters_are_named_by_pytorch_itself_where_it_knows_them():
-    torch = peers.torch_module()
+    torch = package("torch")
     model = torch.nn.Sequential(torch.nn.Linear(5, 3))
     theirs = torch.optim.RMSprop(model.named_parameters())
     model(torch.ones(5)).sum().backward()
@@ -164,7 +150,7 @@ def test_parameters_are_named_by_pytorch_itself_where_it_knows_them():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_keras_there_and_back(settings):
-    keras = peers.keras_module()
+    keras = package("keras")
     variables = [keras.Variable(p, dtype="float64", name=n.replace(".", "_")) for n, p in start_items()]
     theirs = keras.optimizers.RMSprop(float(LRS[0]), **settings)
     theirs.build(variables)

@@ -5,82 +5,12 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import peers
 import pytest
-
-from rmsprop_jax import conventions
+from helpers import first_argument, step_of
+from peers import PEERS
 
 STEPS = 120
 LR = 2.0**-7  # exact in float32, in which Keras and MLX keep the learning rate
-
-# The eight configurations of torch/testing/_internal/common_optimizers.py, optim_inputs_func_rmsprop.
-TORCH = [
-    {},
-    {"lr": 2.0**-10},
-    {"weight_decay": 0.1},
-    {"maximize": True},
-    {"weight_decay": 0.1, "centered": True},
-    {"maximize": True, "weight_decay": 0.1},
-    {"weight_decay": 0.1, "centered": True, "momentum": 0.1},
-    {"weight_decay": 0.1, "centered": True, "momentum": 0.1, "maximize": True},
-    {"momentum": 0.9, "changing_lr": True},
-]
-KERAS = [
-    {},
-    {"rho": 0.95, "momentum": 0.9, "changing_lr": True},
-    {"centered": True, "epsilon": 1e-3},
-    {"centered": True, "momentum": 0.9, "weight_decay": 0.01, "changing_lr": True},
-    {"clipnorm": 0.5},
-    {"clipvalue": 0.1, "weight_decay": 0.004},
-    {"global_clipnorm": 0.5, "momentum": 0.5},
-    {"clipnorm": 0.0},
-]
-TENSORFLOW = [
-    {},
-    {"decay": 0.95, "epsilon": 1e-3},
-    {"momentum": 0.9, "epsilon": 1e-3, "changing_lr": True},
-    {"centered": True, "epsilon": 1e-5},
-    {"decay": 0.95, "centered": True, "momentum": 0.9, "epsilon": 1e-5, "changing_lr": True},
-]
-TIMM = [
-    {},
-    {"eps": 1e-3, "momentum": 0.9, "weight_decay": 1e-2, "changing_lr": True},
-    {"momentum": 0.9, "lr_in_momentum": False, "changing_lr": True},
-    {"centered": True, "momentum": 0.5},
-    {"decoupled_decay": True, "weight_decay": 0.1, "momentum": 0.9, "changing_lr": True},
-    {"decoupled_decay": True, "weight_decay": 0.1, "corrected_weight_decay": True},
-    {"momentum": 0.9, "caution": True, "weight_decay": 0.1, "changing_lr": True},
-    {"momentum": 0.9, "caution": True, "lr_in_momentum": False, "decoupled_decay": True, "weight_decay": 0.1},
-    {"caution": True},
-]
-STABLE_BASELINES3 = [
-    {},
-    {"weight_decay": 0.1, "momentum": 0.9, "changing_lr": True},
-    {"centered": True, "momentum": 0.9, "eps": 1e-5, "changing_lr": True},
-]
-ROWS = [
-    *((conventions.torch, peers.torch, settings) for settings in TORCH),
-    *((conventions.keras, peers.keras, settings) for settings in KERAS),
-    *((conventions.tensorflow, peers.tensorflow, settings) for settings in TENSORFLOW),
-    *((conventions.timm, peers.timm, settings) for settings in TIMM),
-    *((conventions.sonnet, peers.sonnet, settings) for settings in TENSORFLOW),
-    *((conventions.stable_baselines3, peers.stable_baselines3, settings) for settings in STABLE_BASELINES3),
-    (conventions.mlx, peers.mlx, {}),
-    (conventions.mlx, peers.mlx, {"alpha": 0.9, "eps": 1e-3, "changing_lr": True}),
-    (conventions.hinton, peers.hinton, {"beta": 0.9, "epsilon": 1e-8}),
-    (conventions.graves, peers.graves, {"decay": 0.95, "momentum": 0.9, "eps": 1e-4, "changing_lr": True}),
-    (conventions.dqn, peers.dqn, {"decay": 0.95, "eps": 0.01}),
-    *(
-        (
-            conventions.mxnet,
-            peers.mxnet,
-            {"rho": 0.9, "momentum": 0.9, "epsilon": 1e-8, "centered": centered, "wd": wd},
-        )
-        for centered in (False, True)
-        for wd in (0.0, 0.1)
-    ),
-]
 
 
 def name(value):
@@ -90,7 +20,11 @@ def name(value):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("ours", "theirs", "settings"), ROWS, ids=name)
+@pytest.mark.parametrize(
+    ("ours", "theirs", "settings"),
+    [(peer.convention, peer.start, settings) for peer in PEERS for settings in peer.settings],
+    ids=name,
+)
 def test_takes_the_steps_of_the_framework(ours, theirs, settings):
     settings = dict(settings)
     lrs = learning_rates(settings.pop("lr", LR), settings.pop("changing_lr", False))
@@ -124,15 +58,7 @@ NOT_CARRIED_OVER = (
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [
-        (conventions.torch, peers.torch_rmsprop),
-        (conventions.keras, peers.keras_rmsprop),
-        (conventions.tensorflow, peers.tensorflow_rmsprop),
-        (conventions.timm, peers.timm_rmsprop),
-        (conventions.sonnet, peers.sonnet_rmsprop),
-        (conventions.mlx, peers.mlx_rmsprop),
-        (conventions.stable_baselines3, peers.stable_baselines3_rmsprop),
-    ],
+    [(peer.convention, peer.signature) for peer in PEERS if peer.signature is not None],
     ids=name,
 )
 def test_has_the_arguments_of_the_framework(ours, theirs):
@@ -169,20 +95,15 @@ def trajectory(step, lrs):
 def optax_step(convention, params, lrs, **settings):
     """`convention` behind the interface of `peers`, with the learning rates as its schedule."""
     changing = lrs[0] != lrs[-1]
-    first = next(iter(inspect.signature(convention).parameters))
-    tx = convention(**{first: jnp.asarray(lrs).__getitem__ if changing else lrs[0].item()}, **settings)
+    lr = jnp.asarray(lrs).__getitem__ if changing else lrs[0].item()
+    tx = convention(**{first_argument(convention): lr}, **settings)
     params = jax.tree.map(jnp.asarray, params)
-    state = tx.init(params)
-
-    @jax.jit
-    def update(grads, state, params):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    state, update = tx.init(params), jax.jit(step_of(tx))
 
     def step(grads, lr):
         del lr
         nonlocal params, state
-        params, state = update(grads, state, params)
+        params, state = update(params, state, grads)
         return jax.tree.map(np.asarray, params)
 
     return step

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import step_of
 
 from rmsprop_jax import conventions
 
@@ -17,8 +18,7 @@ def replay(tx, params, grads, steps):
     grads = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads)
     state, path = tx.init(params), []
     for _ in range(steps):
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step_of(tx)(params, state, grads)
         path.append(params)
     return path, state
 
@@ -76,8 +76,7 @@ def test_keras_golden():
     params, state = jnp.ones(10), tx.init(jnp.ones(10))
     gradients = [jnp.full(10, 0.01)] + 4 * [jnp.arange(0.1, 1.1, 0.1)]
     for g, expected in zip(gradients, [0.9967, 0.9933, 0.9908, 0.9885, 0.9864], strict=True):
-        updates, state = tx.update(g, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step_of(tx)(params, state, g)
         np.testing.assert_allclose(params, expected, rtol=5e-4, atol=5e-4)
 
 

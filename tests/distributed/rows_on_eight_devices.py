@@ -1,0 +1,94 @@
+"""Tables on meshes of simulated devices: run with on_eight_devices.py, by tests/test_sharding.py."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from meshes import LAYOUTS, assert_equal, data_mesh, mesh_of
+from tables import squared
+
+from rmsprop_jax import apply_updates, rmsprop, rows
+from rmsprop_jax.sharding import state_sharding
+
+
+@pytest.mark.parametrize("mode", ["exact", "lazy"])
+def test_rows_on_every_mesh(mode):
+    """Bit for bit where every row is looked up once, so that nothing is summed."""
+    tx = rows.rmsprop(0.02, 0.99, mode=mode)
+
+    def updated(mesh=None, spec=None, zero=False):
+        rng = np.random.default_rng(0)
+        table = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
+        layout = None
+        if mesh is not None:
+            table = jax.device_put(table, NamedSharding(mesh, spec))
+            layout = state_sharding(tx, table, mesh, "data") if zero else None
+        state = jax.jit(tx.init, out_shardings=layout)(table)
+        layout = None if layout is None else (table.sharding, layout)
+
+        @partial(jax.jit, donate_argnums=(0, 1), out_shardings=layout)
+        def step(table, state, ids, values):
+            updates, state = tx.update(rows.RowGradient(ids, values, 64), state, table)
+            return apply_updates(table, updates), state
+
+        for _ in range(20):
+            ids = jnp.asarray(rng.choice(70, size=12, replace=False), jnp.int32) - 3  # some out of range
+            table, state = step(table, state, ids, jnp.asarray(rng.normal(size=(12, 16)), jnp.float32))
+        if zero:
+            nu = state.dense[0].nu
+            assert nu.addressable_shards[0].data.nbytes < nu.nbytes
+        return table, state
+
+    expected = jax.device_get(updated())
+    for devices, name, zero in [
+        (2, "fully sharded", False),
+        (8, "replicated", True),
+        (8, "tensor-parallel", True),
+        (8, "both", False),
+    ]:
+        actual = updated(mesh_of(devices), LAYOUTS[name], zero)
+        assert_equal(actual, expected, err_msg=f"{devices=}, {name}, {zero=}")
+
+
+def test_rows_of_several_ids_in_shards():
+    """A whole step, where ids repeat and their gradients are added up in another order on each mesh."""
+
+    def train(place):
+        tx = optax.partition({"rows": rows.rmsprop(0.02, 0.99), "dense": rmsprop(0.02)}, ("rows", "dense"))
+        rng = np.random.default_rng(0)
+        table = place(rng.normal(size=(64, 16)).astype(np.float32))
+        params = jnp.asarray(rng.normal(size=16), jnp.float32)
+        state = jax.tree.map(place, tx.init((table, params)))
+
+        @jax.jit
+        def step(table, params, state, ids, target):
+            loss, grads = rows.value_and_grad(squared)(table, ids, params, target)
+            updates, state = tx.update(grads, state, (table, params))
+            return *apply_updates((table, params), updates), state, loss
+
+        losses = []
+        for _ in range(40):
+            ids = rng.zipf(1.3, 12).astype(np.int32) - 2  # some of them out of range, on either side
+            target = rng.normal(size=12).astype(np.float32)
+            table, params, state, loss = step(table, params, state, ids, target)
+            losses.append(loss.item())
+        return table, optax.tree.get(state.inner_states["rows"], "nu")[0], losses
+
+    mesh = data_mesh()
+    expected = train(jnp.asarray)
+    for spec in (PartitionSpec("data"), PartitionSpec(None, "data")):
+
+        def place(x, spec=spec):
+            in_shards = x.shape[:1] == (64,) and len(spec) <= x.ndim
+            return jax.device_put(x, NamedSharding(mesh, spec if in_shards else PartitionSpec()))
+
+        table, nu, losses = train(place)
+        for x in (table, nu):
+            assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim), x.sharding
+        np.testing.assert_allclose(losses, expected[2], rtol=1e-4)
+        np.testing.assert_allclose(table, expected[0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(nu, expected[1], rtol=1e-4, atol=1e-7)

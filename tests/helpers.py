@@ -1,0 +1,163 @@
+"""What the tests share: options, accumulators, a training step, and a look at what XLA makes of it."""
+
+import contextlib
+import inspect
+import itertools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax import monitoring
+
+from rmsprop_jax import rounding, storage
+
+# Options, and what tests are parametrised by -------------------------------------------------------------
+
+FORMS = {  # of rmsprop
+    "plain": {},
+    "outside": {"eps_in_sqrt": False},
+    "corrected": {"bias_correction": True},
+    "momentum": {"momentum": 0.9},
+    "lr_after_momentum": {"momentum": 0.9, "lr_in_momentum": False},
+    "centered": {"centered": True},
+    "centered_momentum": {"centered": True, "momentum": 0.9},
+    "weight_decay": {"momentum": 0.9, "weight_decay": 1e-4},
+}
+FLAGS = [  # of scale_by_rms, in every combination
+    {"centered": centered, "eps_in_sqrt": eps_in_sqrt, "bias_correction": bias_correction}
+    for centered, eps_in_sqrt, bias_correction in itertools.product([False, True], repeat=3)
+]
+
+
+def forms(*names):
+    """Those of FORMS."""
+    return {name: FORMS[name] for name in names}
+
+
+def each(**values):
+    """A test's parametrisation by the values of a dictionary, named by its keys: `@each(form=FORMS)`."""
+    ((argument, named),) = values.items()
+    return pytest.mark.parametrize(argument, named.values(), ids=named)
+
+
+def first_argument(function):
+    return next(iter(inspect.signature(function).parameters))
+
+
+# Six gradients of three elements: any numbers but those that are not finite.
+GRADIENTS = hnp.arrays(
+    np.float32, (6, 3), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
+)
+
+# Accumulators --------------------------------------------------------------------------------------------
+
+ACCUMULATORS = [*storage._NAMED]  # by their names, the only place in which the tests look them up
+SMALL = [name for name in ACCUMULATORS if name != "float32"]
+
+
+@dataclass(frozen=True)
+class Float16Root:
+    """An accumulator of one's own, as the module shows it."""
+
+    def encode(self, nu, threshold):
+        return rounding.to_dtype(jnp.sqrt(nu), jnp.float16, threshold)
+
+    def decode(self, codes):
+        return jnp.square(codes.astype(jnp.float32))
+
+
+EVERY_SMALL = [*SMALL, Float16Root(), storage.Uint8(-40)]
+
+
+def each_accumulator(accumulators):
+    """A test's parametrisation by accumulators, whether they are names or objects."""
+    return pytest.mark.parametrize("accumulator", accumulators, ids=str)
+
+
+# Training ------------------------------------------------------------------------------------------------
+
+
+def step_of(tx, apply_updates=optax.apply_updates):
+    """The function that takes one step: `params, state = step(params, state, grads)`."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return apply_updates(params, updates), state
+
+    return step
+
+
+def donated_step(tx):
+    """The same compiled, for parameters and a state that are overwritten in place."""
+    return jax.jit(step_of(tx), donate_argnums=(0, 1))
+
+
+def scanned(tx, gradients):
+    """The last state and all updates, for gradients along the first axis of an array."""
+    return jax.lax.scan(lambda state, g: tx.update(g, state)[::-1], tx.init(gradients[0]), gradients)
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
+
+
+def assert_trees_close(a, b, rtol):
+    """Of any dtypes, which chex wants to be equal."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol), a, b)
+
+
+# What XLA makes of it ------------------------------------------------------------------------------------
+
+
+def arrays(dtype=jnp.float32):
+    """Parameters of a few shapes, the smallest with 512 elements."""
+    return [jnp.ones(shape, dtype) for shape in [(512, 512), (512,), (2048, 128)]]
+
+
+def compiled_step(tx, params):
+    return donated_step(tx).lower(params, tx.init(params), params).compile()
+
+
+def copies(compiled):
+    """The lines of a compiled program that copy arrays, not scalars."""
+    return [line for line in compiled.as_text().splitlines() if " copy(" in line and "[]" not in line]
+
+
+def assert_in_place(compiled, temporary):
+    """Outputs live in donated arguments, nothing is copied, and temporaries have fewer bytes than that."""
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < temporary
+    assert copies(compiled) == []
+    assert memory.alias_size_in_bytes >= memory.output_size_in_bytes - 1024
+
+
+def assert_equal_leaves_are_lowered_once(tx):
+    def lowered(leaves):
+        params = [jnp.ones(64)] * leaves
+        return len(jax.jit(tx.update).lower(params, tx.init(params)).as_text())
+
+    per_leaf = (lowered(200) - lowered(100)) / 100
+    rule = lowered(2) - 2 * per_leaf
+    assert per_leaf < rule / 2
+
+
+@contextlib.contextmanager
+def compilations(stage="backend_compile"):
+    """A list that grows with every compilation; for `stage="compile"`, with tracing and lowering too."""
+    events = []
+
+    def listen(event, duration, **_):
+        if stage in event:
+            events.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        monitoring.unregister_event_duration_listener(listen)

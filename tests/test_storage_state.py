@@ -1,0 +1,157 @@
+"""Accumulators in one and two bytes: their state in the company of Optax, and what XLA makes of it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import (
+    ACCUMULATORS,
+    EVERY_SMALL,
+    SMALL,
+    Float16Root,
+    arrays,
+    assert_equal_leaves_are_lowered_once,
+    assert_in_place,
+    compiled_step,
+    each,
+    each_accumulator,
+    forms,
+    step_of,
+)
+
+from rmsprop_jax import ScaleByRmsState, rmsprop, scale_by_rms, storage, warmup
+
+FORMS = forms("plain", "outside", "corrected", "centered", "momentum")
+
+# The state.
+
+PARAMS = {"w": jnp.ones((6, 4)), "b": [jnp.ones(4, jnp.bfloat16), None], "none": jnp.ones((0, 3))}
+
+
+@each_accumulator(EVERY_SMALL)
+@each(form=FORMS)
+def test_the_state_keeps_its_fields_shapes_and_dtypes(accumulator, form):
+    tx = rmsprop(1e-2, accumulator=accumulator, **form)
+    before = tx.init(PARAMS)
+    _, after = tx.update(PARAMS, before, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    assert isinstance(before[0], ScaleByRmsState)
+    assert [x.shape for x in jax.tree.leaves(before[0].nu)] == [x.shape for x in jax.tree.leaves(PARAMS)]
+    assert not any(x.weak_type for x in jax.tree.leaves(after))
+    abstract = jax.eval_shape(tx.init, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, before)
+    marked = optax.tree.map_params(tx, lambda _: "param", before, transform_non_params=lambda _: "other")
+    assert optax.tree.get(marked, "nu") == {"w": "param", "b": ["param", None], "none": "param"}
+
+
+BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
+
+
+@each_accumulator(ACCUMULATORS)
+def test_bytes_per_parameter(accumulator):
+    params = {"a": jnp.zeros((100, 30)), "b": jnp.zeros(50)}
+    state = rmsprop(1e-3, accumulator=accumulator).init(params)
+    assert sum(x.nbytes for x in jax.tree.leaves(state)) == BYTES[accumulator] * 3050 + 4  # and the count
+
+
+WRAPPED = {
+    "masked": lambda accumulator: optax.masked(rmsprop(0.1, accumulator=accumulator), True),
+    "inject": lambda accumulator: optax.inject_hyperparams(rmsprop, hyperparam_dtype=jnp.float32)(
+        learning_rate=0.1, decay=0.9, accumulator=accumulator
+    ),
+    "multi_steps": lambda accumulator: optax.MultiSteps(rmsprop(0.1, accumulator=accumulator), 1),
+    "finite": lambda accumulator: optax.apply_if_finite(rmsprop(0.1, accumulator=accumulator), 3),
+}
+
+
+@each_accumulator(EVERY_SMALL)
+@each(wrap=WRAPPED)
+def test_inside_the_wrappers_of_optax(accumulator, wrap):
+    """Jitted and donated; a wrapper changes nothing."""
+    rng = np.random.default_rng(2)
+    start = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+
+    def trained(tx):
+        step = jax.jit(lambda params, state: step_of(tx)(params, state, params), donate_argnums=(0, 1))
+        params, state = jnp.copy(start), tx.init(start)
+        for _ in range(20):
+            params, state = step(params, state)
+        return params
+
+    alone = trained(rmsprop(0.1, accumulator=accumulator))
+    # A program of its own contracts a * b + c as it likes, which may turn a rounding: a step of the code
+    np.testing.assert_allclose(trained(wrap(accumulator)), alone, atol=0.1)
+    assert jnp.mean(jnp.abs(alone)) < 0.5 * jnp.mean(jnp.abs(start))
+
+
+# Conversion.
+
+
+@pytest.mark.parametrize("source", ACCUMULATORS)
+@pytest.mark.parametrize("target", ACCUMULATORS)
+def test_a_state_is_converted_and_trains_on(source, target):
+    tx = {name: rmsprop(warmup(0.1), momentum=0.9, accumulator=name) for name in (source, target)}
+    params = {"w": jnp.full((50, 40), 3.0)}
+    _, state = tx[source].update(params, tx[source].init(params))
+    converted = storage.convert(state, target)
+    chex.assert_trees_all_equal_shapes_and_dtypes(converted, tx[target].init(params))
+    chex.assert_trees_all_equal(converted[1:], state[1:])
+    exact = storage.convert(state, "float32")[0].nu["w"]
+    again = storage.convert(converted, "float32")[0].nu["w"]
+    np.testing.assert_allclose(again / exact, 1, atol=0.2)
+    np.testing.assert_allclose(again.mean(), exact.mean(), rtol=5e-3)
+    tx[target].update(params, converted)
+    if source == target:
+        chex.assert_trees_all_equal(converted, state)
+
+
+def test_one_s_own_accumulator_is_converted_by_its_name_alone():
+    own = Float16Root()
+    tx = scale_by_rms(accumulator=own)
+    _, state = tx.update(jnp.full(3, 2.0), tx.init(jnp.zeros(3)))
+    with pytest.raises(ValueError, match=r"float16.*source"):
+        storage.convert(state, "float32")
+    np.testing.assert_allclose(storage.convert(state, "float32", source=own).nu, 0.4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("bad", ["int8", None, Float16Root, 3.0, jnp.uint8])
+def test_what_is_no_accumulator_is_refused(bad):
+    for use in (lambda: rmsprop(1e-3, accumulator=bad), lambda: storage.convert((), bad)):
+        with pytest.raises(ValueError, match="Invalid accumulator"):
+            use()
+
+
+# What XLA makes of it.
+
+
+@each_accumulator(SMALL)
+@each(form=FORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_donated_step_needs_no_temporary_and_no_copy(accumulator, form, dtype):
+    if accumulator == "bfloat16" and jax.__version_info__ < (0, 10):
+        pytest.skip("the XLA of this JAX computes the codes twice and copies the old ones")
+    tx = rmsprop(warmup(1e-3), accumulator=accumulator, **form)
+    assert_in_place(compiled_step(tx, arrays(dtype)), temporary=512)
+
+
+@each_accumulator(SMALL)
+def test_equal_leaves_are_lowered_once(accumulator):
+    assert_equal_leaves_are_lowered_once(rmsprop(1e-3, accumulator=accumulator))
+
+
+@each_accumulator(SMALL)
+def test_a_checkpoint_is_restored_into_the_same_and_into_another_accumulator(accumulator, tmp_path):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    params = {"w": jnp.ones((4, 3))}
+    tx = rmsprop(0.1, accumulator=accumulator)
+    _, state = tx.update(params, tx.init(params))
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
+    chex.assert_trees_all_equal(restored, state)
+    wide = storage.convert(restored, "float32")
+    np.testing.assert_allclose(wide[0].nu["w"], 0.1, rtol=0.19)  # a step of the code
+    rmsprop(0.1).update(params, wide)
