@@ -14,6 +14,7 @@ import optax
 from rmsprop_jax import _checks, rounding
 from rmsprop_jax._dtypes import dtype_of, full_like, narrow, wide, widen
 from rmsprop_jax._leaves import flatten_matching, is_none, leaf_name, leaf_numbers
+from rmsprop_jax._states import is_ours, refusal
 from rmsprop_jax.transform import Transformation
 
 
@@ -34,19 +35,28 @@ def chain(*parts):
     )
 
 
-def counted(inner):
-    """Passes scale_by_rms's step count to the rest of the chain as the extra argument `rms_count`."""
+def counted(inner, has_momentum):
+    """Passes scale_by_rms's step count to the rest of the chain as the extra argument `rms_count`.
+
+    Raises:
+      ValueError: for a state that is not of such a chain, or has a momentum buffer where this has none.
+    """
 
     def update_fn(updates, state, params=None, **extra_args):
+        if not (isinstance(state, tuple) and state and is_ours(state[0])):
+            raise ValueError(refusal(state))
+        if has_momentum != any(isinstance(part, optax.TraceState) for part in state):
+            raise ValueError(
+                f"Invalid state: it has {'no' if has_momentum else 'a'} momentum buffer, this optimizer has "
+                f"{'momentum' if has_momentum else 'no momentum'}."
+            )
         return inner.update(updates, state, params, **extra_args, rms_count=state[0].count)
 
     return inner._replace(update=update_fn)
 
 
 def trace(decay, nesterov, dtype):
-    """`optax.trace`, stored between updates in `dtype`; without a `decay`, nothing."""
-    if decay is None:
-        return optax.GradientTransformation(optax.identity().init, _without_trace)
+    """`optax.trace`, stored between updates in `dtype`."""
     decay = _checks.decay("momentum", decay)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"Invalid momentum_dtype: momentum_dtype={dtype!r}, expected a floating dtype.")
@@ -69,8 +79,6 @@ def trace(decay, nesterov, dtype):
 
     def update_fn(updates, state, params=None, *, rms_count, rms_rows=None, **extra_args):
         del params, extra_args
-        if not isinstance(state, optax.TraceState):
-            raise ValueError("Invalid state: it has no momentum buffer, this optimizer has momentum.")
         jax.tree_util.tree_map_with_path(check, state.trace)
         grads, treedef, buffers, _ = flatten_matching(updates, state.trace)
         rows = [None] * len(grads) if rms_rows is None else treedef.flatten_up_to(rms_rows)
@@ -92,13 +100,6 @@ def trace(decay, nesterov, dtype):
         return us, optax.TraceState(buffers)
 
     return Transformation(init_fn, update_fn, moves_all=["momentum"])
-
-
-def _without_trace(updates, state, params=None):
-    del params
-    if isinstance(state, optax.TraceState):
-        raise ValueError("Invalid state: it has a momentum buffer, this optimizer has no momentum.")
-    return updates, state
 
 
 @partial(jax.jit, inline=True)

@@ -76,3 +76,16 @@ def map_rms_states(f: Callable[[Any], Any], state: Any) -> Any:
 def rms_states(state: Any) -> Iterator[Any]:
     """The states of RMSProp in `state`."""
     return filter(is_rms_state, jax.tree.leaves(state, is_leaf=is_rms_state))
+
+
+def refusal(state: Any) -> str:
+    """What to say of a state that is not what `init` returned."""
+    kind = type(state).__name__
+    if isinstance(state, tuple | list):
+        kind += f" of {', '.join(type(x).__name__ for x in state) or 'nothing'}"
+    message = (
+        f"Invalid state: it is {kind}, expected what tx.init(params) returned: call that first, pass it as in "
+        "tx.update(grads, state, params), and restore a checkpoint into its structure."
+    )
+    hint = " Of a Flax NNX optimizer it is optimizer.opt_state." if hasattr(state, "opt_state") else ""
+    return message + hint

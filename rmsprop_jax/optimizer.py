@@ -113,11 +113,11 @@ def rmsprop(
         decay, eps, initial_scale, eps_in_sqrt, bias_correction, centered=centered, accumulator=accumulator
     )
     lr = optax.scale_by_learning_rate(learning_rate)
-    buffer = trace(momentum, nesterov, momentum_dtype)
+    buffer = optax.identity() if momentum is None else trace(momentum, nesterov, momentum_dtype)
     if momentum is None or not lr_in_momentum:
         parts = [buffer, decayed_weights(weight_decay, mask), lr]
     else:
         # After the buffer the updates are already scaled by -learning_rate, so the decay term must be
         # scaled by it too.
         parts = [lr, buffer, decayed_weights(weight_decay, mask, learning_rate)]
-    return counted(chain(scale, *parts))
+    return counted(chain(scale, *parts), has_momentum=momentum is not None)

@@ -11,7 +11,7 @@ from rmsprop_jax import _checks, accumulators
 from rmsprop_jax._dtypes import dtype_of, full_like, real, wide
 from rmsprop_jax._leaves import flatten_matching, leaf_name, leaf_numbers
 from rmsprop_jax._rule import Settings, rule
-from rmsprop_jax._states import ScaleByRmsState
+from rmsprop_jax._states import ScaleByRmsState, is_ours, refusal
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
@@ -149,10 +149,8 @@ def flatten_as_stored(grads, state, settings):
     Raises:
       ValueError: for a state of another setting, naming both and what converts it.
     """
-    if not isinstance(state, ScaleByRmsState):
-        raise ValueError(
-            f"Invalid state: it is {type(state).__name__}, expected ScaleByRmsState, as init returns it."
-        )
+    if not is_ours(state):
+        raise ValueError(refusal(state))
     if settings.centered != (state.mu is not None) and jax.tree.leaves(state.nu):
         raise ValueError(f"Invalid state: it was initialised with centered={not settings.centered}.")
     leaves, treedef, nus, mus = flatten_matching(grads, state.nu, state.mu)
@@ -161,12 +159,12 @@ def flatten_as_stored(grads, state, settings):
             found, expected = state.accumulator or dtype_of(nu).name, accumulators.title(settings.accumulator)
             raise ValueError(
                 f"Invalid state: its nu is stored as {found}, this optimizer stores it as {expected}. "
-                f"accumulators.convert(state, {expected!r}, source={found!r}) converts it; where a file did not "
-                "say what its codes are, source says it."
+                f"accumulators.convert(state, {expected!r}, source={found!r}) converts it, with another "
+                "source where a file did not say what its codes are."
             )
     for g, mu in zip(leaves, mus, strict=True):
         if g is not None and mu is not None and wide(dtype_of(mu)) != dtype_of(mu):
-            raise ValueError(f"Invalid state: its mu is stored as {dtype_of(mu)}, expected float32.")
+            raise ValueError(f"Invalid state: its mu is stored as {dtype_of(mu)}, expected float32 at least.")
     return leaves, treedef, nus, mus
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax import monitoring
 
-from rmsprop_jax import rounding, storage
+from rmsprop_jax import accumulators, rounding
 
 # Options, and what tests are parametrised by -------------------------------------------------------------
 
@@ -56,7 +56,7 @@ GRADIENTS = hnp.arrays(
 
 # Accumulators --------------------------------------------------------------------------------------------
 
-ACCUMULATORS = [*storage._NAMED]  # by their names, the only place in which the tests look them up
+ACCUMULATORS = [*accumulators.NAMED]  # by their names, the only place in which the tests look them up
 SMALL = [name for name in ACCUMULATORS if name != "float32"]
 
 
@@ -71,7 +71,7 @@ class Float16Root:
         return jnp.square(codes.astype(jnp.float32))
 
 
-EVERY_SMALL = [*SMALL, Float16Root(), storage.Uint8(-40)]
+EVERY_SMALL = [*SMALL, Float16Root(), accumulators.Uint8(-40)]
 
 
 def each_accumulator(accumulators):

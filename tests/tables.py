@@ -42,6 +42,7 @@ def squared(found, params, target):
     return jnp.mean((found @ params - target) ** 2)
 
 
-def both(**options):
+def both(on_rows=rows.exact, **options):
     """An optimizer of a table and of other parameters, in this order."""
-    return optax.partition({"rows": rows.rmsprop(1e-2, **options), "dense": rmsprop(1e-2)}, ("rows", "dense"))
+    tables = on_rows(rmsprop(1e-2, **options))
+    return optax.partition({"rows": tables, "dense": rmsprop(1e-2)}, ("rows", "dense"))

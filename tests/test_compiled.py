@@ -96,4 +96,4 @@ def test_equal_leaves_are_lowered_once():
 def test_only_arrays_are_passed_for_each_leaf(decay, operands):
     tx = scale_by_rms(decay)
     text = jax.jit(tx.update).lower(jnp.ones(64), tx.init(jnp.ones(64))).as_text()
-    assert [call.count("%") for call in re.findall(r"call @_rule\((.*?)\)", text)] == [operands]
+    assert [call.count("%") for call in re.findall(r"call @rule\((.*?)\)", text)] == [operands]

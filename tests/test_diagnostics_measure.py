@@ -10,7 +10,7 @@ import optax
 import pytest
 from helpers import SMALL, forms
 
-from rmsprop_jax import diagnostics, rmsprop, rows, storage
+from rmsprop_jax import accumulators, diagnostics, rmsprop, rows
 
 
 def tree(dtype=jnp.float32):
@@ -48,7 +48,7 @@ FORMS = {
         for name, options in forms("plain", "outside", "corrected", "centered", "momentum").items()
     },
     **{name: (rmsprop, {"accumulator": name}) for name in SMALL},
-    "own": (rmsprop, {"accumulator": storage.Uint8(-40)}),
+    "own": (rmsprop, {"accumulator": accumulators.Uint8(-40)}),
     "optax, counted": (optax.rmsprop, {"bias_correction": True}),
     "optax, centered": (optax.rmsprop, {"centered": True, "bias_correction": True}),
 }
@@ -67,7 +67,7 @@ def test_measure_follows_its_formulas(form, dtype):
     hyper = {"decay": decay, "eps": eps, "eps_in_sqrt": in_root, "accumulator": accumulator}
     measured = diagnostics.measure(grads, state, updates, params, **hyper)
     assert measured.step == 3
-    kept = storage.convert(state, "float32", source=accumulator)
+    kept = accumulators.convert(state, "float32", source=accumulator)
     nu_tree, mu_tree = optax.tree.get(kept, "nu"), optax.tree.get(kept, "mu")
     for name in NAMES:
         g, u, p, nu, mu = (

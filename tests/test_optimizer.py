@@ -227,7 +227,7 @@ def test_rmsprop_is_scale_by_rms_and_a_learning_rate():
     [
         ("learning_rate", [-1e-3, float("nan"), float("inf"), np.float32(-1), "1e-3", None]),
         ("momentum", [-0.1, 1.0, float("nan"), "0.9"]),
-        ("weight_decay", [-0.1, float("nan"), None]),
+        ("weight_decay", [-0.1, float("nan")]),
         ("decay", [1.0, -0.1]),
         ("eps", [-1e-8]),
         ("nesterov", [None, 0.9]),
@@ -251,5 +251,5 @@ def test_a_rounded_momentum_is_refused():
 def test_gradients_that_do_not_fit_are_refused_by_their_path(bad):
     tx = rmsprop(0.1, momentum=0.9)
     state = tx.init({"w": jnp.ones(2)})
-    with pytest.raises(ValueError, match=r"Gradient \['w'\]"):
+    with pytest.raises(ValueError, match=r"Gradient 'w'"):
         tx.update({"w": bad}, state)

@@ -26,7 +26,11 @@ def training_step(tx, loss_fn=squared):
 @pytest.mark.parametrize("loss_fn", [squared, linear])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"bias_correction": True}, {"mode": "lazy", "momentum": 0.9, "centered": True, "weight_decay": 0.1}],
+    [
+        {},
+        {"bias_correction": True},
+        {"on_rows": rows.lazy, "momentum": 0.9, "centered": True, "weight_decay": 0.1},
+    ],
     ids=["exact", "corrected", "lazy"],
 )
 def test_nothing_of_the_tables_size_is_computed_or_copied(options, loss_fn):

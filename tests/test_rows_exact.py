@@ -32,7 +32,7 @@ def test_exact_is_the_dense_trajectory(form, schedule, x64):
     assert np.all(ids[1:-1] != 38)  # a row that is not touched for 3,998 steps
     table = jnp.asarray(np.random.default_rng(1).normal(size=(40, 3)), jnp.float32)
 
-    ours, state = run_rows(rows.rmsprop(learning_rate, **form), table, ids, values)
+    ours, state = run_rows(rows.exact(rmsprop(learning_rate, **form)), table, ids, values)
     dense, _ = run_dense(rmsprop(learning_rate, **form), table, ids, values)
     truth, _ = run_dense(
         rmsprop(learning_rate, **form), table.astype(jnp.float64), ids, values.astype(np.float64)
@@ -52,7 +52,7 @@ def test_exact_is_the_dense_trajectory(form, schedule, x64):
 def test_exact_is_optax_rmsprop_too(form):
     ids, values = rare_rows(steps=1000, batch=8, num_rows=20, width=2)
     table = jnp.ones((20, 2))
-    ours, _ = run_rows(rows.rmsprop(1e-3, **form), table, ids, values)
+    ours, _ = run_rows(rows.exact(rmsprop(1e-3, **form)), table, ids, values)
     dense, _ = run_dense(optax.rmsprop(1e-3, **form), table, ids, values)
     # A thousand steps of up to 1e-3, each rounded to the table's 6e-8; optax corrects in another order.
     np.testing.assert_allclose(ours, dense, rtol=0, atol=2e-5)
@@ -62,7 +62,7 @@ def test_exact_is_optax_rmsprop_too(form):
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999, 1 - 1e-6, 1 - 3e-8])
 def test_what_was_missed_is_decayed_accurately(decay, missed):
     """To a few float32 roundings, however long it was, of the decay given, not the float32 nearest to it."""
-    tx = rows.rmsprop(1.0, decay=decay, eps=0.0)
+    tx = rows.exact(rmsprop(1.0, decay=decay, eps=0.0))
     state = tx.init(jnp.zeros((1, 1)))
     rms = state.dense[0]._replace(count=jnp.int32(missed), nu=jnp.full((1, 1), 2.0))
     state = state._replace(dense=(rms, *state.dense[1:]))
@@ -76,7 +76,9 @@ def test_what_was_missed_is_decayed_accurately(decay, missed):
 
 
 def test_a_traced_decay_is_decayed_to_its_own_precision():
-    tx = optax.inject_hyperparams(rows.rmsprop, hyperparam_dtype=jnp.float32)(0.1, decay=0.99)
+    tx = optax.inject_hyperparams(
+        lambda lr, decay: rows.exact(rmsprop(lr, decay)), hyperparam_dtype=jnp.float32
+    )(0.1, 0.99)
     table = jnp.ones((3, 2))
     state = tx.init(table)
     step = jax.jit(tx.update)
@@ -96,7 +98,7 @@ def test_tables_of_other_dtypes(dtype, x64):
     """Gradients and updates in the table's dtype, arithmetic and state in float32 at least."""
     ids, values = rare_rows(steps=50, batch=6, num_rows=10, width=2)
     table = jnp.ones((10, 2), dtype)
-    ours, state = run_rows(rows.rmsprop(0.05, decay=0.999), table, ids, jnp.asarray(values, dtype))
+    ours, state = run_rows(rows.exact(rmsprop(0.05, decay=0.999)), table, ids, jnp.asarray(values, dtype))
     assert ours.dtype == dtype
     wide = jnp.float64 if dtype == "float64" else jnp.float32
     assert state.dense[0].nu.dtype == wide
@@ -110,7 +112,7 @@ def test_tables_of_other_dtypes(dtype, x64):
 
 def test_numeric_rules_hold_row_by_row():
     """Zero stays zero, a huge gradient is finite, and NaN is seen in its own row alone."""
-    tx = rows.rmsprop(1.0, decay=0.75, eps=0.0)
+    tx = rows.exact(rmsprop(1.0, decay=0.75, eps=0.0))
     gradient = RowGradient(jnp.array([0, 1, 2]), jnp.array([[0.0], [3e38], [jnp.nan]]), 4)
     updates, state = tx.update(gradient, tx.init(jnp.zeros((4, 1))))
     dense = updates.to_dense()[:, 0]
@@ -123,7 +125,7 @@ def test_numeric_rules_hold_row_by_row():
 def test_state_goes_through_tree_map_params_and_eval_shape():
     """With `last` a leaf per table, state can be laid out, saved and restored like any other."""
     tables = {"a": jnp.ones((4, 2)), "b": jnp.ones((3, 5)), "c": None}
-    tx = rows.rmsprop(0.1)
+    tx = rows.exact(rmsprop(0.1))
     state = tx.init(tables)
     shapes = jax.eval_shape(tx.init, tables)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, shapes)
@@ -138,7 +140,7 @@ def test_tables_with_one_axis_and_with_three():
         table = jnp.ones(shape)
         ids = jnp.array([1, 1, 5])
         _, (grads, _) = rows.value_and_grad(lambda x, _: jnp.sum(x**2))(table, ids, None)
-        tx = rows.rmsprop(0.1, decay=0.75)
+        tx = rows.exact(rmsprop(0.1, decay=0.75))
         updates, _ = tx.update(grads, tx.init(table))
         new = apply_updates(table, updates)
         np.testing.assert_allclose(new[jnp.array([1, 5])], 0.8, rtol=1e-5)
@@ -146,7 +148,7 @@ def test_tables_with_one_axis_and_with_three():
 
 
 def test_complex_tables():
-    tx = rows.rmsprop(1.0, decay=0.75, eps=0.0)
+    tx = rows.exact(rmsprop(1.0, decay=0.75, eps=0.0))
     gradient = RowGradient(jnp.array([1]), jnp.array([[3 + 4j]]), 2)
     updates, _ = tx.update(gradient, tx.init(jnp.zeros((2, 1), jnp.complex64)))
     np.testing.assert_allclose(updates.to_dense(), [[0], [-2 * (0.6 + 0.8j)]], rtol=1e-5)
@@ -155,7 +157,7 @@ def test_complex_tables():
 def test_vmap_over_tables():
     tables = jnp.arange(24.0).reshape(2, 6, 2)
     ids = jnp.array([[0, 0, 3], [5, 1, 9]])
-    tx = rows.rmsprop(0.1)
+    tx = rows.exact(rmsprop(0.1))
 
     def step(table, ids):
         _, (grads, _) = rows.value_and_grad(lambda x, _: jnp.sum(jnp.sin(x)))(table, ids, None)

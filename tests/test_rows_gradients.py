@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import sparse
 
-from rmsprop_jax import apply_updates, rows
+from rmsprop_jax import apply_updates, rmsprop, rows
 from rmsprop_jax.rows import RowGradient
 
 IDS = hnp.arrays(np.int32, st.sampled_from([0, 1, 9]), elements=st.integers(-9, 15))
@@ -34,8 +34,8 @@ def test_any_ids_are_summed_or_dropped(ids, data):
     np.testing.assert_allclose(summed.to_dense(), expected, rtol=1e-5, atol=1e-4)
 
     table = jnp.asarray(np.arange(14.0, dtype=np.float32).reshape(7, 2))
-    for mode in ("exact", "lazy"):
-        tx = rows.rmsprop(0.1, mode=mode)
+    for on_rows in (rows.exact, rows.lazy):
+        tx = on_rows(rmsprop(0.1))
         updates, state = tx.update(gradient, tx.init(table), table)
         # Sums of numbers up to 100 depend on their order by 1e-4; where those are small, so may the step.
         clear = np.abs(expected) > 0.1

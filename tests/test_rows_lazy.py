@@ -5,7 +5,7 @@ import numpy as np
 from helpers import each
 from tables import rare_rows, run_rows
 
-from rmsprop_jax import rows
+from rmsprop_jax import rmsprop, rows
 
 LAZY = {
     "plain": {},
@@ -46,7 +46,7 @@ def lazy_reference(table, ids, values, *, lr, decay=0.9, eps=1e-8, eps_in_sqrt=T
 def test_lazy_leaves_untouched_rows_as_they_are(form):
     ids, values = rare_rows(steps=60, batch=6, num_rows=12, width=2)
     table = jnp.asarray(np.random.default_rng(1).normal(size=(12, 2)), jnp.float32)
-    ours, state = run_rows(rows.rmsprop(0.01, eps=1e-3, mode="lazy", **form), table, ids, values)
+    ours, state = run_rows(rows.lazy(rmsprop(0.01, eps=1e-3, **form)), table, ids, values)
     expected = lazy_reference(np.asarray(table), ids, values, lr=0.01, eps=1e-3, **form)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=3e-6)  # 60 steps of 0.01 in float32
     never = np.setdiff1d(np.arange(12), ids)

@@ -77,7 +77,7 @@ def test_finds_the_accumulators_in_every_wrapper(tx):
 
 
 def test_tables_of_rows():
-    state = state_sharding(rows.rmsprop(1e-3), struct((64, 8)), MESH, "data")
+    state = state_sharding(rows.exact(rmsprop(1e-3)), struct((64, 8)), MESH, "data")
     assert state.last.spec == BIAS
     assert state.dense[0].nu.spec == PartitionSpec("data", None)
 
@@ -86,7 +86,7 @@ def test_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"Invalid axis='batch': the mesh has the axes \('data', 'model'\)"):
         state_sharding(rmsprop(1e-3), {"w": struct((8,))}, MESH, "batch")
     other = AbstractMesh((8,), ("data",))
-    with pytest.raises(ValueError, match=r"Parameter \['w'\] is on .*'data': 4.*, expected .*'data': 8"):
+    with pytest.raises(ValueError, match=r"Parameter 'w' is on .*'data': 4.*, expected .*'data': 8"):
         state_sharding(rmsprop(1e-3), {"w": struct((8,))}, other, "data")
 
 

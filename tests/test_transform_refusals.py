@@ -47,15 +47,14 @@ def test_arrays_are_not_checked_but_must_not_be_rounded():
 @pytest.mark.parametrize(
     ("grads", "message"),
     [
-        ({"a": jnp.ones((3, 2)), "b": {"c": jnp.ones(2)}}, r"\['a'\] has shape \(3, 2\).*\(2, 3\)"),
-        ({"a": jnp.ones((2, 3)), "b": {"c": jnp.ones((), int)}}, r"\['b'\]\['c'\] has shape \(\).*\(2,\)"),
-        ({"a": jnp.ones((2, 3)), "b": {"c": jnp.ones(2, int)}}, r"\['b'\]\['c'\] has dtype int32"),
-        ({"a": jnp.ones((2, 3)), "b": {"c": np.zeros(2, jax.dtypes.float0)}}, r"\['b'\]\['c'\].*float0"),
-        ({"a": jnp.ones((2, 3))}, r"lack \['b'\]\['c'\]"),
-        ({"a": None, "b": {"c": jnp.ones(2)}}, r"lack \['a'\]"),
-        ({"a": jnp.ones((2, 3)), "b": {"d": jnp.ones(2)}}, r"lack \['b'\]\['c'\] and add \['b'\]\['d'\]"),
-        ({"a": jnp.ones((2, 3)), "b": [jnp.ones(2)]}, r"lack \['b'\]\['c'\] and add \['b'\]\[0\]"),
-        ({"a": jnp.ones((2, 3)), "b": jnp.ones(2)}, r"\['b'\] has shape \(2,\).*subtree"),
+        ({"a": jnp.ones((3, 2)), "b": {"c": jnp.ones(2)}}, r"'a' has shape \(3, 2\).*\(2, 3\)"),
+        ({"a": jnp.ones((2, 3)), "b": {"c": jnp.ones((), int)}}, r"'b/c' has shape \(\).*\(2,\)"),
+        ({"a": jnp.ones((2, 3)), "b": {"c": jnp.ones(2, int)}}, r"'b/c' has dtype int32"),
+        ({"a": jnp.ones((2, 3)), "b": {"c": np.zeros(2, jax.dtypes.float0)}}, r"'b/c'.*float0"),
+        ({"a": jnp.ones((2, 3))}, r"lack 'b/c'"),
+        ({"a": jnp.ones((2, 3)), "b": {"d": jnp.ones(2)}}, r"lack 'b/c' and add 'b/d'"),
+        ({"a": jnp.ones((2, 3)), "b": [jnp.ones(2)]}, r"lack 'b/c' and add 'b/0'"),
+        ({"a": jnp.ones((2, 3)), "b": jnp.ones(2)}, r"'b' has shape \(2,\).*subtree"),
     ],
 )
 def test_gradients_that_do_not_fit_are_refused_by_their_path(grads, message, jit):
@@ -67,7 +66,7 @@ def test_gradients_that_do_not_fit_are_refused_by_their_path(grads, message, jit
 
 
 def test_parameters_that_cannot_be_trained_are_refused_by_their_path():
-    with pytest.raises(ValueError, match=r"Parameter \['step'\] has dtype int32"):
+    with pytest.raises(ValueError, match=r"Parameter 'step' has dtype int32"):
         scale_by_rms().init({"w": jnp.ones(2), "step": jnp.zeros((), int)})
 
 
@@ -75,5 +74,5 @@ def test_a_state_of_the_other_form_is_refused():
     with pytest.raises(ValueError, match="initialised with centered=False"):
         scale_by_rms(centered=True).update(jnp.ones(2), scale_by_rms().init(jnp.ones(2)))
     tx = scale_by_rms(centered=True)
-    with pytest.raises(ValueError, match=r"Gradient \(the whole tree\) has dtype complex64"):
+    with pytest.raises(ValueError, match=r"Gradient '\(the whole tree\)' has dtype complex64"):
         tx.update(jnp.ones(2, jnp.complex64), tx.init(jnp.ones(2)))

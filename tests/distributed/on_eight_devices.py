@@ -98,7 +98,7 @@ def test_init_takes_the_parameters_shardings(kind):
             for x, p in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
                 assert filled(x) == filled(p)
     table = {"table": params["kernel"]}
-    state = jax.jit(rows.rmsprop(0.01).init)(table)
+    state = jax.jit(rows.exact(rmsprop(0.01)).init)(table)
     assert state.last["table"].sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data")), 1)
 
 

@@ -15,10 +15,10 @@ from rmsprop_jax import apply_updates, rmsprop, rows
 from rmsprop_jax.sharding import state_sharding
 
 
-@pytest.mark.parametrize("mode", ["exact", "lazy"])
-def test_rows_on_every_mesh(mode):
+@pytest.mark.parametrize("on_rows", [rows.exact, rows.lazy])
+def test_rows_on_every_mesh(on_rows):
     """Bit for bit where every row is looked up once, so that nothing is summed."""
-    tx = rows.rmsprop(0.02, 0.99, mode=mode)
+    tx = on_rows(rmsprop(0.02, 0.99))
 
     def updated(mesh=None, spec=None, zero=False):
         rng = np.random.default_rng(0)
@@ -58,7 +58,9 @@ def test_rows_of_several_ids_in_shards():
     """A whole step, where ids repeat and their gradients are added up in another order on each mesh."""
 
     def train(place):
-        tx = optax.partition({"rows": rows.rmsprop(0.02, 0.99), "dense": rmsprop(0.02)}, ("rows", "dense"))
+        tx = optax.partition(
+            {"rows": rows.exact(rmsprop(0.02, 0.99)), "dense": rmsprop(0.02)}, ("rows", "dense")
+        )
         rng = np.random.default_rng(0)
         table = place(rng.normal(size=(64, 16)).astype(np.float32))
         params = jnp.asarray(rng.normal(size=16), jnp.float32)

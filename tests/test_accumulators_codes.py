@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import SMALL, each_accumulator
 
-from rmsprop_jax import scale_by_rms, storage
+from rmsprop_jax import accumulators, scale_by_rms
 
 KINDS = ("gauss", "drop", "sparse", "periodic", "decades")
 ELEMENTS, STEPS, LAST = 1024, 4000, 1000
@@ -38,7 +38,7 @@ def ratios(request):
 
     def step(states, t):
         states = [tx.update(gradients(t), state)[1] for tx, state in zip(txs, states, strict=True)]
-        exact, *stored = (jnp.sqrt(storage.convert(state, "float32").nu) for state in states)
+        exact, *stored = (jnp.sqrt(accumulators.convert(state, "float32").nu) for state in states)
         return states, jnp.stack(stored) / exact
 
     @jax.jit
@@ -84,20 +84,20 @@ def test_nine_in_ten_lie_close_over_four_decades(ratios, accumulator):
 def test_every_code_is_its_own_whatever_the_threshold():
     codes = jnp.arange(256).astype(jnp.uint8)
     for exponent in (-126, -50, 0, 64):
-        uint8 = storage.Uint8(exponent)
+        uint8 = accumulators.Uint8(exponent)
         for threshold in (0, 1, 2**31, 2**32 - 1):
             again = uint8.encode(uint8.decode(codes), jnp.full(256, threshold, jnp.uint32))
             np.testing.assert_array_equal(again, codes)
 
 
 def test_one_byte_is_even_in_the_logarithm():
-    numbers = np.asarray(storage.Uint8(-50).decode(jnp.arange(256).astype(jnp.uint8)), np.float64)
+    numbers = np.asarray(accumulators.Uint8(-50).decode(jnp.arange(256).astype(jnp.uint8)), np.float64)
     assert numbers[0] == 0
     np.testing.assert_allclose(np.log2(numbers[1:]), -50 + np.arange(1, 256) / 4, atol=1e-6)
 
 
 def test_between_two_codes_the_mean_lies_between_that_of_the_number_and_of_its_logarithm():
-    uint8, size = storage.Uint8(), 2**14
+    uint8, size = accumulators.Uint8(), 2**14
     thresholds = jnp.asarray((np.arange(size) + 0.5) / size * 2**32, jnp.uint32)
     for x in np.linspace(0.02, 0.98, 13):
         nu = 2.0 ** (x / 4)
@@ -108,7 +108,7 @@ def test_between_two_codes_the_mean_lies_between_that_of_the_number_and_of_its_l
 
 
 def test_beyond_its_range_a_byte_is_the_nearest_and_never_zero():
-    uint8 = storage.Uint8(-40)
+    uint8 = accumulators.Uint8(-40)
     numbers = jnp.array([0.0, 1e-37, 2.0**-50, 2.0**30, 3e38, jnp.inf, jnp.nan, -jnp.nan])
     for threshold in (0, 2**32 - 1):
         codes = uint8.encode(numbers, jnp.full(8, threshold, jnp.uint32))
@@ -118,4 +118,4 @@ def test_beyond_its_range_a_byte_is_the_nearest_and_never_zero():
 @pytest.mark.parametrize("exponent", [-127, 65, 0.5])
 def test_a_byte_s_exponent_is_checked(exponent):
     with pytest.raises(ValueError, match="exponent"):
-        storage.Uint8(exponent)
+        accumulators.Uint8(exponent)

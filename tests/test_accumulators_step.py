@@ -8,7 +8,7 @@ from helpers import EVERY_SMALL, GRADIENTS, SMALL, each, each_accumulator, forms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmsprop_jax import scale_by_rms, storage
+from rmsprop_jax import accumulators, scale_by_rms
 
 SCALE_FORMS = forms("plain", "outside", "corrected", "centered")
 
@@ -24,7 +24,7 @@ def test_zero_huge_and_missing_gradients(accumulator, form, dtype):
         u, state = tx.update(jnp.array(g, dtype), state)
         assert u.dtype == dtype
         np.testing.assert_array_equal(u == 0, jnp.array(g, dtype) == 0)
-        chex.assert_tree_all_finite((u, storage.convert(state, "float32", source=accumulator)))
+        chex.assert_tree_all_finite((u, accumulators.convert(state, "float32", source=accumulator)))
         if not form.get("centered") and not form.get("bias_correction"):
             assert jnp.all(jnp.abs(u) <= (1 + 2 * float(jnp.finfo(dtype).eps)) / np.sqrt(0.1))
     u, _ = tx.update(jnp.array([1, jnp.nan, jnp.inf, 1], dtype), state)
@@ -67,7 +67,7 @@ def test_the_first_steps_are_those_of_float32_to_a_step_of_the_code(accumulator)
 def test_an_initial_scale_is_kept_in_the_mean(accumulator):
     for scale in (1.0, 0.3):
         state = scale_by_rms(initial_scale=scale, accumulator=accumulator).init(jnp.zeros((100, 100)))
-        np.testing.assert_allclose(storage.convert(state, "float32").nu.mean(), scale, rtol=5e-3)
+        np.testing.assert_allclose(accumulators.convert(state, "float32").nu.mean(), scale, rtol=5e-3)
 
 
 def test_sixty_four_bit_parameters_have_the_same_codes(x64):
