@@ -76,3 +76,13 @@ def map_rms_states(f: Callable[[Any], Any], state: Any) -> Any:
 def rms_states(state: Any) -> Iterator[Any]:
     """The states of RMSProp in `state`."""
     return filter(is_rms_state, jax.tree.leaves(state, is_leaf=is_rms_state))
+
+
+def raw_moment(nu: Any, mu: Any) -> Any:
+    """E[g^2] from the variance and E[g], arrays of JAX or of NumPy."""
+    return nu + (mu.real**2 + mu.imag**2)
+
+
+def variance(raw: Any, mu: Any) -> Any:
+    """E[g^2] - E[g]^2, at least 0: rounding may leave the difference below. Arrays of JAX or of NumPy."""
+    return (raw - (mu.real**2 + mu.imag**2)).clip(min=0)
