@@ -84,8 +84,18 @@ def refusal(state: Any) -> str:
     if isinstance(state, tuple | list):
         kind += f" of {', '.join(type(x).__name__ for x in state) or 'nothing'}"
     message = (
-        f"Invalid state: it is {kind}, expected what tx.init(params) returned: call that first, pass it as in "
-        "tx.update(grads, state, params), and restore a checkpoint into its structure."
+        f"Invalid state: it is {kind}, expected what tx.init(params) returned: call that first, pass it "
+        "as in tx.update(grads, state, params), and restore a checkpoint into its structure."
     )
     hint = " Of a Flax NNX optimizer it is optimizer.opt_state." if hasattr(state, "opt_state") else ""
     return message + hint
+
+
+def raw_moment(nu: Any, mu: Any) -> Any:
+    """E[g^2] from the variance and E[g], arrays of JAX or of NumPy."""
+    return nu + (mu.real**2 + mu.imag**2)
+
+
+def variance(raw: Any, mu: Any) -> Any:
+    """E[g^2] - E[g]^2, at least 0: rounding may leave the difference below. Arrays of JAX or of NumPy."""
+    return (raw - (mu.real**2 + mu.imag**2)).clip(min=0)

@@ -109,7 +109,7 @@ def test_the_flat_form_and_a_safetensors_file(tmp_path):
 
     tensors = {name: np.random.default_rng(0).random(shape, np.float32) for name, shape in SHAPES.items()}
     numpy.save_file(tensors, tmp_path / "model.safetensors")
-    params = interop.weights(tmp_path / "model.safetensors", PARAMS, NAMES)
+    params = interop.params_from(tmp_path / "model.safetensors", PARAMS, NAMES)
     np.testing.assert_array_equal(params["fc"]["kernel"], tensors["fc.weight"].T)
 
 
@@ -123,7 +123,7 @@ def test_fills_a_state_that_is_only_shapes():
 
 def test_opens_no_other_file(tmp_path):
     with pytest.raises(ValueError, match=r"expected a dictionary of arrays or a \.safetensors file"):
-        interop.weights(tmp_path / "model.pt", PARAMS, NAMES)
+        interop.params_from(tmp_path / "model.pt", PARAMS, NAMES)
 
 
 def test_reports_all_that_is_missing_or_misshapen_at_once():
@@ -168,7 +168,7 @@ def test_reports_accumulators_that_only_one_side_has(settings, whats, message):
 )
 def test_reports_a_mapping_that_cannot_be(names, message):
     with pytest.raises(ValueError, match=message):
-        interop.weights({name: np.zeros(shape) for name, shape in SHAPES.items()}, PARAMS, names)
+        interop.params_from({name: np.zeros(shape) for name, shape in SHAPES.items()}, PARAMS, names)
 
 
 def test_pytorch_needs_an_order_where_it_has_no_names():
@@ -235,7 +235,7 @@ def test_keeps_dtypes_and_shardings():
     old = jax.device_put(tx.init(params), sharding)
     theirs = torch_state("square_avg", "momentum_buffer")
     state = interop.from_torch(theirs, old, params, NAMES, order=ORDER)
-    params = interop.weights({name: np.ones(shape) for name, shape in SHAPES.items()}, params, NAMES)
+    params = interop.params_from({name: np.ones(shape) for name, shape in SHAPES.items()}, params, NAMES)
     assert jax.tree.map(lambda x: (x.dtype, x.sharding), state) == jax.tree.map(
         lambda x: (x.dtype, x.sharding), old
     )

@@ -86,7 +86,7 @@ def test_from_torch(convention, optimizer, settings, dtype, rtol):
 
     tx = convention(lambda count: jnp.asarray(LRS)[count], **settings)
     order = list(tensors)
-    params = interop.weights(tensors, empty(dtype), NAMES)
+    params = interop.params_from(tensors, empty(dtype), NAMES)
     state = interop.from_torch(theirs.state_dict(), tx.init(params), params, NAMES, order=order)
     path, _, state = continued(tx, params, state, 100, 100)
     assert_same(path, torch_steps(tensors, theirs, 100, 100), rtol)
@@ -98,7 +98,7 @@ def test_from_torch(convention, optimizer, settings, dtype, rtol):
 @pytest.mark.parametrize(("convention", "optimizer"), TORCH, ids=lambda x: x.__name__)
 def test_to_torch(convention, optimizer, settings):
     tx = convention(lambda count: jnp.asarray(LRS)[count], **settings)
-    params = interop.weights(torch_start("float64"), empty("float64"), NAMES)
+    params = interop.params_from(torch_start("float64"), empty("float64"), NAMES)
     path, params, state = continued(tx, params, tx.init(params), 0, 100)
 
     tensors, theirs = peers.torch_optimizer(optimizer, path[-1], LRS[100], **settings)
@@ -119,7 +119,7 @@ def test_the_learning_rate_moves_into_and_out_of_the_buffer():
 
     # From here on the learning rate stays, and the two kinds of buffer take the same steps.
     tx = rmsprop(lr, 0.99, eps_in_sqrt=False, momentum=0.9)
-    params = interop.weights(tensors, empty("float64"), NAMES)
+    params = interop.params_from(tensors, empty("float64"), NAMES)
     arguments = {"order": list(tensors), "lr_in_momentum": True}
     state = interop.from_torch(theirs.state_dict(), tx.init(params), params, NAMES, **arguments)
     back = interop.to_torch(state, theirs.state_dict(), params, NAMES, **arguments)
@@ -140,7 +140,7 @@ def test_parameters_are_named_by_pytorch_itself_where_it_knows_them():
     model(torch.ones(5)).sum().backward()
     theirs.step()
     names = {"0.weight": ("fc/kernel", (1, 0)), "0.bias": "fc/bias"}
-    params = interop.weights(model.state_dict(), empty("float32"), names)
+    params = interop.params_from(model.state_dict(), empty("float32"), names)
     state = interop.from_torch(theirs.state_dict(), conventions.torch().init(params), params, names)
     np.testing.assert_array_equal(
         optax.tree.get(state, "nu")["fc"]["kernel"].T, theirs.state[model[0].weight]["square_avg"]
@@ -172,7 +172,7 @@ def test_keras_there_and_back(settings):
     # Keras keeps the learning rate in float32.
     tx = conventions.keras(lambda count: jnp.asarray(np.float32(LRS), jnp.float64)[count], **settings)
     weights = {v.path: v.value for v in variables}
-    params = interop.weights(weights, empty("float64"), KERAS_NAMES)
+    params = interop.params_from(weights, empty("float64"), KERAS_NAMES)
     state = interop.from_keras(own(), tx.init(params), params, KERAS_NAMES)
     path, params, state = continued(tx, params, state, 100, 50)
     assert_same(path, keras_steps(100, 50), 1e-12)

@@ -1,0 +1,49 @@
+"""Optimizer state in from PyTorch, Keras and Optax, and out to them.
+
+A run that is carried over goes on as if nothing had happened: the accumulators, the momentum buffer and the
+number of updates move, with what differs between the frameworks,
+
+    ===========  =============================  =======================  ====================================
+    what         here                           PyTorch, timm            Keras
+    ===========  =============================  =======================  ====================================
+    nu           E[g^2]                         square_avg               velocity
+    nu, centred  E[g^2] - E[g]^2                square_avg, grad_avg     velocity, average_gradient
+    mu           E[g]                           grad_avg                 average_gradient
+    trace        -(learning rate in b), or b    momentum_buffer, b       momentum, the learning rate in b
+    count        updates so far                 step                     iteration
+    ===========  =============================  =======================  ====================================
+
+`from_torch` and `from_keras` take a state that ``init`` made and return it with all of these replaced;
+`to_torch` and `to_keras` do the same for the other framework's state. The accumulators are found by their
+type, so the optimizer may be any chain or wrapper of Optax's around :func:`rmsprop_jax.rmsprop`.
+
+Accumulators of :mod:`rmsprop_jax.accumulators` are decoded on the way out and encoded on the way in, those of
+each state by its own.
+
+**Names.** `names` maps the other framework's parameter names to paths in the parameters' tree, such as
+``{"fc.bias": "fc/bias", "fc.weight": ("fc/kernel", (1, 0))}``: the keys and indices on the way to the leaf,
+joined by "/" (:func:`paths` lists them), and for an array that is laid out differently the axes to transpose
+theirs with, as in :func:`jax.numpy.transpose`. :func:`params_from` carries the parameters over by the same
+mapping. Flax NNX's variables hold their array as `value`, which is no part of the path; leaves that are no
+arrays, such as an Equinox module's functions, have none.
+
+Nothing is unpickled here: pass dictionaries of arrays that are loaded already, or a safetensors file.
+"""
+
+from rmsprop_jax.interop._keras import from_keras, to_keras
+from rmsprop_jax.interop._names import Names, Tensors, params_from, paths
+from rmsprop_jax.interop._optax import from_optax, to_optax
+from rmsprop_jax.interop._torch import from_torch, to_torch
+
+__all__ = [
+    "Names",
+    "Tensors",
+    "from_keras",
+    "from_optax",
+    "from_torch",
+    "params_from",
+    "paths",
+    "to_keras",
+    "to_optax",
+    "to_torch",
+]

@@ -1,0 +1,216 @@
+"""Moments and momentum buffers, out of this package's states and Optax's, and into them.
+
+They leave as NumPy arrays by the keys of `_names`, the second moment always raw, and come back likewise. Each
+state is read and filled by its own accumulator.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rmsprop_jax import accumulators
+from rmsprop_jax._dtypes import dtype_of
+from rmsprop_jax._leaves import leaf_name, named_leaves
+from rmsprop_jax._states import is_ours, is_rms_state, raw_moment, variance
+from rmsprop_jax.interop._names import (
+    Key,
+    Names,
+    as_numpy,
+    by_paths,
+    cast,
+    matched,
+    paths,
+    placed,
+    raise_if,
+)
+
+
+def carried(
+    state: optax.OptState,
+    params: optax.Params,
+    names: Names,
+    lookup: Callable[[str, str], Any],
+    labels: Mapping[str, str],
+    count: int,
+) -> optax.OptState:
+    """`state` with what `lookup(name, what)` finds under the other framework's names, see `matched`."""
+    needed = shapes_of(state)
+    return filled(state, matched(needed, _shapes(params, needed), names, lookup, labels), count)
+
+
+def named(
+    state: optax.OptState, params: optax.Params, names: Names, known: Any
+) -> tuple[dict[Key, np.ndarray], int]:
+    """The moments in `state` by the other framework's names, laid out as there, and the count.
+
+    Raises:
+      ValueError: listing every path without a name, and every name that is not in `known`.
+    """
+    arrays, count = moments(state)
+    by_path, problems = by_paths(names, _shapes(params, shapes_of(state)), arrays)
+    problems += [
+        f"{name!r} is not among the other optimizer's parameters." for name in names if name not in known
+    ]
+    raise_if(problems)
+    theirs = {}
+    for (what, path), array in arrays.items():
+        name, axes = by_path[path]
+        theirs[what, name] = array if axes is None else array.transpose(np.argsort(axes))
+    return theirs, count
+
+
+def buffer_factor(theirs_has_it: bool, ours_has_it: bool, learning_rate: Any) -> float:
+    """The factor from their momentum buffer to ours, given which of them has the learning rate in it.
+
+    Ours is what Optax's trace holds: with the learning rate it is what is added to the parameters, -lr * b.
+    """
+    sign = -1.0 if ours_has_it else 1.0
+    if theirs_has_it == ours_has_it:
+        return sign
+    lr = 0.0 if learning_rate is None else float(learning_rate)
+    if not 0 < lr < float("inf"):
+        raise ValueError(
+            f"Invalid {learning_rate=}: the momentum buffers differ in it, expected one above 0."
+        )
+    return sign * (lr if ours_has_it else 1 / lr)
+
+
+def shapes_of(state: optax.OptState) -> dict[Key, tuple[int, ...]]:
+    """The shape of each moment and momentum buffer in a state."""
+    return {
+        (what, name): jnp.shape(leaf)
+        for node in _nodes(state)
+        for what, tree in _trees(node).items()
+        for name, leaf in named_leaves(tree).items()
+    }
+
+
+def moments(state: optax.OptState) -> tuple[dict[Key, np.ndarray], int]:
+    """The moments and momentum buffers in a state, and the number of updates so far.
+
+    Raises:
+      ValueError: where there is no RMSProp in it, or codes that no accumulator is known for.
+    """
+    nodes = list(_nodes(state))
+    if not any(map(is_rms_state, nodes)):
+        raise ValueError("The state has no RMSProp in it.")
+    arrays = {}
+    for node in nodes:
+        read = {what: named_leaves(tree) for what, tree in _trees(node).items()}
+        if is_ours(node):
+            read["E[g^2]"] = _raw(node, read)
+        arrays.update({(what, name): as_numpy(x) for what, xs in read.items() for name, x in xs.items()})
+    return arrays, max((int(node.count) for node in nodes if _counts(node)), default=0)
+
+
+def filled(state: optax.OptState, arrays: Mapping[Key, np.ndarray], count: int) -> optax.OptState:
+    """`state` with its moments and momentum buffers from `arrays`, and every count from `count`."""
+
+    def tree_of(what, tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: placed(arrays[what, leaf_name(path)], x), tree
+        )
+
+    def new(node):
+        if _counts(node):
+            node = node._replace(count=placed(count, node.count))
+        if _is_counter(node):
+            return node._replace(**filled(_uncounted(node), arrays, count))
+        if isinstance(node, optax.TraceState):
+            return node._replace(trace=tree_of("b", node.trace))
+        if not is_rms_state(node):
+            return node
+        nu = _stored(node, arrays, count) if is_ours(node) else tree_of("E[g^2]", node.nu)
+        mu = {} if getattr(node, "mu", None) is None else {"mu": tree_of("E[g]", node.mu)}
+        return node._replace(nu=nu, **mu)
+
+    return jax.tree.map(new, state, is_leaf=_is_node)
+
+
+# One state of this package.
+
+
+def _raw(node, read):
+    """E[g^2] by leaf, of a state whose leaves are `read`."""
+    raw = {}
+    for name, codes in read["E[g^2]"].items():
+        accumulator = _accumulator(node, name, codes)
+        nu = as_numpy(codes if accumulator is None else accumulators.decoded(jnp.asarray(codes), accumulator))
+        raw[name] = nu if node.mu is None else cast(raw_moment(nu, _double(read["E[g]"][name])), nu.dtype)
+    return raw
+
+
+def _stored(node, arrays, count):
+    """`nu` as the state stores it."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(node.nu)
+    new = []
+    for leaf, (path, old) in enumerate(leaves):
+        name = leaf_name(path)
+        nu, accumulator = arrays["E[g^2]", name], _accumulator(node, name, old)
+        if node.mu is not None:
+            nu = variance(nu, _double(arrays["E[g]", name]))
+        if accumulator is not None:
+            nu = accumulators.encoded(jnp.asarray(cast(nu, np.dtype(np.float32))), accumulator, leaf, count)
+        new.append(placed(nu, old))
+    return jax.tree.unflatten(treedef, new)
+
+
+def _accumulator(node, name, codes):
+    """What stores a leaf of `nu`, None for float32 and float64."""
+    dtype = dtype_of(codes)
+    if node.accumulator is not None or dtype == jnp.float64:
+        return node.accumulator
+    if dtype.name not in accumulators.NAMED:
+        raise ValueError(
+            f"The nu of {name!r} is stored as {dtype}, and its state does not say by which accumulator: "
+            "accumulators.convert(state, 'float32', source=...) decodes it."
+        )
+    return accumulators.NAMED[dtype.name]
+
+
+def _double(x):
+    """In float64, in which the square of a float32 is exact."""
+    x = as_numpy(x)
+    return x.astype(np.result_type(x, np.float64))
+
+
+# All the states in a tree.
+
+
+def _trees(node):
+    if is_rms_state(node):
+        return {"E[g^2]": node.nu, "E[g]": getattr(node, "mu", None)}
+    return {"b": node.trace} if isinstance(node, optax.TraceState) else {}
+
+
+def _nodes(state: optax.OptState) -> Iterator[Any]:
+    for node in jax.tree.leaves(state, is_leaf=_is_node):
+        yield node
+        if _is_counter(node):
+            yield from _nodes(_uncounted(node))
+
+
+def _is_node(x):
+    return is_rms_state(x) or isinstance(x, optax.TraceState) or _is_counter(x)
+
+
+def _counts(x):
+    return "count" in getattr(x, "_fields", ())
+
+
+def _is_counter(x):
+    """Whether `x` counts updates, as a schedule's state or that of `optax.inject_hyperparams` does."""
+    return _counts(x) and "nu" not in x._fields
+
+
+def _uncounted(counter):
+    return {name: value for name, value in counter._asdict().items() if name != "count"}
+
+
+def _shapes(params, needed):
+    """Of all parameters: the arrays, and what else the state has moments of, such as a Python number's."""
+    return {**{path: shape for (_, path), shape in needed.items()}, **paths(params)}
