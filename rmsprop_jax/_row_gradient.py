@@ -1,5 +1,6 @@
 """A row-sparse gradient, and the rows of a table that belong to it."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -72,9 +73,17 @@ class RowGradient:
         ids = in_range(self.indices, self.num_rows)
         in_order = jnp.sort(ids)
         place = jnp.searchsorted(in_order, ids)  # of each id's first occurrence
-        values = jnp.zeros_like(self.values, dtype=wide(self.dtype)).at[place].add(self.values)
+
         is_first = jnp.diff(in_order, prepend=-1) != 0
         return RowGradient(jnp.where(is_first, in_order, self.num_rows), values, self.num_rows)
+
+
+jax.export.register_pytree_node_serialization(
+    RowGradient,
+    serialized_name="rmsprop_jax.RowGradient",
+    serialize_auxdata=lambda num_rows: json.dumps(num_rows).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+)
 
 
 def is_row_gradient(x):

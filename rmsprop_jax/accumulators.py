@@ -38,6 +38,8 @@ from rmsprop_jax import rounding
 from rmsprop_jax._dtypes import dtype_of
 from rmsprop_jax._states import is_ours, map_rms_states
 
+__all__ = ["NAMED", "Accumulator", "Bfloat16", "Uint8", "convert"]
+
 
 def convert(
     state: optax.OptState, accumulator: "str | Accumulator", *, source: "str | Accumulator | None" = None
@@ -229,7 +231,9 @@ def named(accumulator: str | Accumulator) -> Accumulator | None:
 
 def unnamed(accumulator: Accumulator | None) -> Accumulator | None:
     """The accumulator, as a state has to say it; None for one that the dtype of its codes tells."""
-    return None if isinstance(title(accumulator), str) else accumulator
+    if accumulator is None or NAMED.get(dtype_of_codes(accumulator).name) == accumulator:
+        return None
+    return accumulator
 
 
 def title(accumulator: Accumulator | None) -> "str | Accumulator":

@@ -72,6 +72,7 @@ from rmsprop_jax.accumulators import title
 __all__ = ["RowGradient", "RowsState", "check_ids", "exact", "lazy", "value_and_grad"]
 
 
+@partial(jax.export.register_namedtuple_serialization, serialized_name="rmsprop_jax.RowsState")
 class RowsState(NamedTuple):
     """State of `exact` and `lazy`.
 

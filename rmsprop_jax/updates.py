@@ -15,6 +15,8 @@ from rmsprop_jax._dtypes import dtype_of, narrow, wide
 from rmsprop_jax._leaves import is_none, leaf_name
 from rmsprop_jax._row_gradient import in_range, is_row_gradient
 
+__all__ = ["apply_updates"]
+
 
 def apply_updates(
     params: optax.Params, updates: optax.Updates, *, key: jax.Array | None = None
