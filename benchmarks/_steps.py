@@ -17,7 +17,7 @@ FORMS = {
     "centered": {"centered": True},
     "centered, momentum": {"centered": True, "momentum": 0.9},
 }
-FEW_FORMS = ("plain", "momentum", "centered, momentum")  # where one of the two with two accumulators will do
+FEW_FORMS = ("plain", "momentum", "centered, momentum")  # without centred alone
 
 
 class Step:
