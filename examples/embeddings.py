@@ -10,17 +10,16 @@ prints the nearest neighbours of a few words, and what a step of the same model 
 with exact rows and with a dense update. Two minutes on two cores; a report and a picture in runs/embeddings.
 """
 
-import argparse
 import re
 import time
 from functools import partial
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _options import parser_for
 from matplotlib.figure import Figure
 from tqdm import trange
 
@@ -161,12 +160,9 @@ def draw(times, losses, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Word vectors with exact row updates, and what a step costs."
-    )
-    parser.add_argument("--steps", type=int, default=6000, help="training steps (default: 6000)")
+    parser = parser_for(__doc__, "embeddings", help="folder for what is made")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps")
     parser.add_argument("--vocabulary", type=float, nargs="*", default=[1e4, 1e5, 1e6], help="sizes to time")
-    parser.add_argument("--out", type=Path, default=Path("runs/embeddings"), help="folder for what is made")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
 
