@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from rmsprop_jax import storage
+import rmsprop_jax
 
 RESULTS = Path(__file__).parent / "results"
 _EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -100,7 +100,7 @@ def installed(*packages: str) -> tuple[str, ...]:
 
 def accumulators() -> tuple[str, ...]:
     """The names of the package's accumulators: whoever adds one has it measured."""
-    return tuple(storage._NAMED)
+    return tuple(rmsprop_jax.accumulators.NAMED)
 
 
 def example(name: str):

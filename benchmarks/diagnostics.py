@@ -50,7 +50,7 @@ def main(argv=None):
     tx = rmsprop(1e-3, decay=0.99)
     sides = {
         "without": Trainer(tx, *sizes),
-        "watched": Trainer(diagnostics.watch(tx, EVERY, decay=0.99), *sizes),
+        "watched": Trainer(diagnostics.watch(tx, EVERY), *sizes),
     }
     seconds = alternate(sides, rounds)
     data = {

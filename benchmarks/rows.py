@@ -32,7 +32,7 @@ def loss_fn(found, params, target):
 
 
 def row_side():
-    tx = optax.partition({"rows": rows.rmsprop(1e-3), "dense": rmsprop(1e-3)}, ("rows", "dense"))
+    tx = optax.partition({"rows": rows.exact(rmsprop(1e-3)), "dense": rmsprop(1e-3)}, ("rows", "dense"))
 
     def step(kept, ids, target):
         both, state = kept
@@ -141,7 +141,7 @@ def draw(results):
 
 def table(data):
     """README's: tables of every size, with the ids of one batch size and distribution."""
-    columns = ["rows of the table", "dense `optax.rmsprop`", "`rows.rmsprop`", "ratio", "rows, alone"]
+    columns = ["rows of the table", "dense `optax.rmsprop`", "`rows.exact`", "ratio", "rows, alone"]
     cells = []
     for r in data["results"]:
         if (r["batch"], r["distribution"]) == (4096, "zipf"):

@@ -54,7 +54,7 @@ class CharRNN(nnx.Module):
 def optimizer_for(args, model):
     """The optimizer, and its learning rate at every step."""
     schedule = warmup(optax.cosine_decay_schedule(args.learning_rate, args.steps), decay=args.decay)
-    rms = diagnostics.watch(rmsprop(schedule, decay=args.decay), every=10, decay=args.decay)
+    rms = diagnostics.watch(rmsprop(schedule, decay=args.decay), every=10)
     tx = optax.chain(optax.clip_by_global_norm(1.0), rms)
     return nnx.Optimizer(model, tx, wrt=nnx.Param), np.asarray(jax.jit(schedule)(jnp.arange(args.steps)))
 

@@ -2,7 +2,7 @@
 
 Word vectors by skip-gram with negative sampling (Mikolov et al., 2013) from the text of Python's
 documentation: each word's vector learns to tell the words around it from words drawn at random. A step looks
-up a few thousand rows of two tables; `rows.rmsprop` updates those and no others, and `rmsprop` the rest:
+up a few thousand rows of two tables; `rows.exact` updates those and no others, and `rmsprop` the rest:
 
     python examples/embeddings.py
 
@@ -69,7 +69,7 @@ def model(num_words):
 
 def sparse_step(learning_rate):
     tx = optax.partition(
-        {"rows": rows.rmsprop(learning_rate), "rest": rmsprop(learning_rate)}, ("rows", "rest")
+        {"rows": rows.exact(rmsprop(learning_rate)), "rest": rmsprop(learning_rate)}, ("rows", "rest")
     )
 
     @partial(jax.jit, donate_argnums=(0, 1))

@@ -33,10 +33,10 @@ SETTINGS = {"alpha": 0.99, "eps": 1e-3, "momentum": 0.9}
 
 # PyTorch's names, the paths in Flax, and the axes: (out, in, height, width) to (height, width, in, out).
 NAMES = {
-    "conv.weight": ("conv/kernel/value", (2, 3, 1, 0)),
-    "conv.bias": "conv/bias/value",
-    "linear.weight": ("linear/kernel/value", (1, 0)),
-    "linear.bias": "linear/bias/value",
+    "conv.weight": ("conv/kernel", (2, 3, 1, 0)),
+    "conv.bias": "conv/bias",
+    "linear.weight": ("linear/kernel", (1, 0)),
+    "linear.bias": "linear/bias",
 }
 
 
@@ -95,7 +95,7 @@ def compare(steps, folder):
 
     # Carry over: the weights, and the optimizer's state.
     graph, params = nnx.split(FlaxNet(nnx.Rngs(0)))
-    params = interop.weights(model.state_dict(), params, NAMES)
+    params = interop.params_from(model.state_dict(), params, NAMES)
     tx = conventions.torch(learning_rate, **SETTINGS)
     order = [name for name, _ in model.named_parameters()]
     state = interop.from_torch(optimizer.state_dict(), tx.init(params), params, NAMES, order=order)

@@ -95,7 +95,7 @@ def train(params, state, images, labels, start, setting, steps):
 def optimizer(setting):
     rate = setting.learning_rate
     tx = rmsprop(warmup(rate, setting.decay) if setting.warm_up else rate, setting.decay)
-    return diagnostics.watch(tx, every=5, decay=setting.decay)
+    return diagnostics.watch(tx, every=5)
 
 
 def run(setting, steps, data, bar, chunk=50):

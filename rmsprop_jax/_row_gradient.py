@@ -73,7 +73,8 @@ class RowGradient:
         ids = in_range(self.indices, self.num_rows)
         in_order = jnp.sort(ids)
         place = jnp.searchsorted(in_order, ids)  # of each id's first occurrence
-
+        values = self.values.astype(wide(self.dtype))
+        values = jnp.zeros_like(values).at[place].add(values)
         is_first = jnp.diff(in_order, prepend=-1) != 0
         return RowGradient(jnp.where(is_first, in_order, self.num_rows), values, self.num_rows)
 

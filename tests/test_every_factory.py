@@ -1,4 +1,4 @@
-"""Each public factory of an optimizer in every way in which people call one: a fault's kind, not its example."""
+"""Each public factory of an optimizer, called in every way in which people call one."""
 
 import inspect
 
