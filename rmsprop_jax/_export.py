@@ -6,6 +6,7 @@ state is made, written or read.
 """
 
 import json
+from functools import cache
 from typing import Any
 
 import jax
@@ -18,13 +19,15 @@ _OPTAX = (
     *(optax.EmptyState, optax.TraceState, optax.ScaleByScheduleState, optax.MaskedState, optax.MaskedNode),
     *(optax.MultiStepsState, optax.ApplyIfFiniteState, optax.transforms.PartitionState),
     optax.schedules.InjectStatefulHyperparamsState,
-    type(optax.add_decayed_weights(lambda count: 0.0).init(())),  # a schedule's count; Optax exports no name
 )
 
 
+@cache
 def register_optax_states() -> None:
     """Lets `jax.export` write the states of Optax's that stand beside this package's, unless it can."""
-    for state in _OPTAX:
+    # The count of a scheduled weight decay, for whose class Optax has no public name.
+    scheduled = jax.eval_shape(optax.add_decayed_weights(lambda count: 0.0).init, ())
+    for state in (*_OPTAX, type(scheduled)):
         try:
             jax.export.register_namedtuple_serialization(state, serialized_name=f"optax.{state.__name__}")
         except ValueError:  # somebody else's registration stands
@@ -37,8 +40,8 @@ def _written(accumulator: accumulators.Accumulator | None) -> bytes:
         return b""
     title = accumulators.title(accumulator)
     if isinstance(title, accumulators.Uint8):
-        title = {"Uint8": title.exponent}
-    elif not isinstance(title, str):
+        return json.dumps({"Uint8": title.exponent}).encode()
+    if not isinstance(title, str):
         raise ValueError(
             f"jax.export cannot write {accumulator}: give it a name, accumulators.NAMED['NAME'] = ..."
         )

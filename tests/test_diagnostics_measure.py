@@ -248,7 +248,7 @@ def test_measure_in_jit_and_scan_is_as_outside():
         ),
         (
             {"updates": {**tree()[0], "gain": rows.RowGradient(jnp.zeros(1, int), jnp.ones((1, 2)), 3)}},
-            "Invalid updates: layer 'gain' is by rows",
+            "Invalid updates: layer 'gain' is row-sparse",
         ),
     ],
 )
