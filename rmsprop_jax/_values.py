@@ -134,7 +134,14 @@ def _map(f, tree, *rest):
 
 
 def _summed(tree):
-    return _map(lambda g: g.summed() if is_row_gradient(g) else g, tree)
+    """Row-sparse gradients with each row once, and zeros for what is out of range."""
+
+    def summed(g):
+        g = g.summed()
+        inside = jnp.expand_dims(g.indices < g.num_rows, range(1, g.ndim))
+        return replace(g, values=jnp.where(inside, g.values, 0))
+
+    return _map(lambda g: summed(g) if is_row_gradient(g) else g, tree)
 
 
 def _values(tree):

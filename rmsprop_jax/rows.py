@@ -38,6 +38,10 @@ do not count from the end. `check_ids` finds them, outside of jit.
     ids = jax.tree.map(lambda table: tokens, tables)
     loss, grads = rows.value_and_grad(loss_fn)(tables, ids, params, tokens)
 
+and `tx` of above, after gradient clipping, which takes tables and parameters together:
+
+    tx = optax.chain(rows.values_only(optax.clip_by_global_norm(1.0)), tx)
+
 Linen, where `lookup` is asked first at each call of a module within the model:
 
     params = model.init(key, tokens)["params"]
