@@ -259,7 +259,7 @@ def test_accumulators_in_the_hosts_memory():
 @pytest.mark.parametrize("made", ["inside", "outside"])
 @pytest.mark.parametrize("name", [name for name in FORMS if name != "uint8"])
 def test_inside_shard_map_with_varying_axes_checked(name, made):
-    """Each device its part; thresholds count the elements of a part, so what is rounded by far is left out."""
+    """Each device its part; thresholds count the elements of a part, so bytes are left out."""
     tx = rmsprop(warmup(0.1), **FORMS[name])
     params = {"w": jnp.arange(1.0, 33.0).reshape(16, 2), "b": jnp.arange(1.0, 9.0)}
     state = tx.init(params)
