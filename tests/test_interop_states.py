@@ -153,7 +153,7 @@ def test_fills_a_state_that_is_only_shapes(accumulator):
 
 
 def test_codes_are_rounded_without_bias():
-    theirs = {"rmsprop/w_velocity": np.full(10_000, 1.1)}
+    theirs = {"rmsprop/iteration": 7, "rmsprop/w_velocity": np.full(10_000, 1.1)}
     params = {"w": jnp.zeros(10_000)}
     tx = scale_by_rms(accumulator=accumulators.Uint8(-40))
     state = interop.from_keras(theirs, tx.init(params), params, {"w": "w"})
@@ -251,6 +251,7 @@ def test_float64_is_rounded_and_what_is_finite_stays_finite(accumulator):
     assert params["w"].dtype == np.float64
     tx = rmsprop(0.1, momentum=0.9, accumulator=accumulator)
     theirs = {
+        "rmsprop/iteration": 7,
         "rmsprop/w_velocity": np.array([0.0, 1.0, 1e300]),
         "rmsprop/w_momentum": np.array([0.0, -1e300, 1]),
     }
@@ -275,7 +276,7 @@ def test_codes_are_placed_as_the_state_was(accumulator):
     concrete = tx.init(params)
     concrete = concrete._replace(nu=jax.device_put(concrete.nu, sharding))
     for empty in (abstract, concrete):
-        state = interop.from_keras({"rmsprop/w_velocity": np.ones(4)}, empty, params, {"w": "w"})
+        state = interop.from_keras({"rmsprop/w_velocity": np.ones(4)}, empty, params, {"w": "w"}, count=1)
         assert (state.nu["w"].sharding, state.nu["w"].dtype) == (sharding, concrete.nu["w"].dtype)
 
 
