@@ -45,6 +45,7 @@ from rmsprop_jax.interop._names import Names, paths
 from rmsprop_jax.interop._optax import from_optax, to_optax
 from rmsprop_jax.interop._params import params_from
 from rmsprop_jax.interop._report import Report
+from rmsprop_jax.interop._resume import resume_keras, resume_torch
 from rmsprop_jax.interop._torch import from_torch, to_torch
 
 __all__ = [
@@ -56,6 +57,8 @@ __all__ = [
     "from_torch",
     "params_from",
     "paths",
+    "resume_keras",
+    "resume_torch",
     "to_keras",
     "to_optax",
     "to_torch",

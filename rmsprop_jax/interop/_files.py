@@ -60,12 +60,13 @@ def keras_config(path: str | os.PathLike) -> Mapping[str, Any] | None:
     try:
         if path.endswith(".keras"):
             with zipfile.ZipFile(path) as archive:
-                config = json.loads(archive.read("config.json")).get("compile_config") or {}
-                return config.get("optimizer")
-        with _package("h5py", path).File(path, "r") as file:
-            text = file.attrs.get("training_config")
-            return None if text is None else json.loads(text).get("optimizer_config")
-    except ImportError:
+                compiled = json.loads(archive.read("config.json")).get("compile_config") or {}
+            config = compiled.get("optimizer")
+        else:
+            with _package("h5py", path).File(path, "r") as file:
+                config = json.loads(file.attrs.get("training_config", "{}")).get("optimizer_config")
+        return config if isinstance(config, Mapping) else None
+    except (ImportError, FileNotFoundError):
         raise
     except Exception as error:
         raise ValueError(f"Invalid file: the configuration in {path!r} cannot be read: {error}") from error

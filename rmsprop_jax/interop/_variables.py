@@ -114,13 +114,14 @@ def _kind(optimizer):
 
 
 def _stored(arrays, order, config):
-    """The variables by their places: two of its own, then one of each kind for each of the model's."""
+    """The variables by their places: iteration, learning rate, then for each kind one of each of the model's."""
     matches = [match for key in arrays if (match := _STORED.fullmatch(key))]
     inner = [match for match in matches if match[1]]  # the outer one repeats these
     keys = {int(match[2]): match[0] for match in inner or matches}
     if sorted(keys) != list(range(len(keys))) or len(keys) < 2:
         raise ValueError(f"Invalid file: it has an optimizer with the variables {sorted(keys)}.")
-    if len(keys) == 2:
+    own = 1 if isinstance((config or {}).get("learning_rate"), Mapping) else 2  # a schedule is no variable
+    if len(keys) <= own:
         raise ValueError("Invalid file: its optimizer has not been built, there are no accumulators in it.")
     if order is None:
         raise ValueError(
@@ -128,19 +129,19 @@ def _stored(arrays, order, config):
             "pass order=[v.path for v in model.trainable_variables]."
         )
     kinds = _kinds(config) if config is not None else ["E[g^2]"]
-    if len(keys) != 2 + len(kinds) * len(order):
+    if len(keys) != own + len(kinds) * len(order):
         advice = "" if config is not None else "; its configuration, a .keras file's or config=, says which"
         raise ValueError(
-            f"Its optimizer has {len(keys) - 2} variables, expected {len(kinds)} for each of the "
+            f"Its optimizer has {len(keys) - own} variables, expected {len(kinds)} for each of the "
             f"{len(order)} in order{advice}."
         )
     places = {
-        (name, what): keys[2 + kind * len(order) + number]
+        (name, what): keys[own + kind * len(order) + number]
         for kind, what in enumerate(kinds)
         if what is not None
         for number, name in enumerate(order)
     }
-    return Variables(places, keys[0], keys[1])
+    return Variables(places, keys[0], keys[1] if own == 2 else None)
 
 
 def _kinds(config):
