@@ -71,10 +71,11 @@ def resume_torch(
       >>> import jax.numpy as jnp, numpy as np, optax
       >>> from rmsprop_jax import interop
       >>> group = {"lr": 0.01, "alpha": 0.99, "eps": 1e-8, "momentum": 0, "centered": False}
+      >>> group |= {"weight_decay": 0, "foreach": None, "params": [0], "param_names": ["fc.bias"]}
       >>> checkpoint = {  # as Lightning writes it
       ...     "optimizer_states": [{
       ...         "state": {0: {"step": np.array(7.0), "square_avg": np.array([1.0, 2.0])}},
-      ...         "param_groups": [{**group, "weight_decay": 0, "foreach": None, "params": [0], "param_names": ["fc.bias"]}],
+      ...         "param_groups": [group],
       ...     }]
       ... }
       >>> params = {"bias": jnp.zeros(2)}

@@ -114,7 +114,7 @@ def _kind(optimizer):
 
 
 def _stored(arrays, order, config):
-    """The variables by their places: iteration, learning rate, then for each kind one of each of the model's."""
+    """The variables by their places: iteration, learning rate, then one of each kind for each in `order`."""
     matches = [match for key in arrays if (match := _STORED.fullmatch(key))]
     inner = [match for match in matches if match[1]]  # the outer one repeats these
     keys = {int(match[2]): match[0] for match in inner or matches}
