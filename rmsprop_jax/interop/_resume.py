@@ -256,10 +256,10 @@ def _plain(name, value):
     """A Python number, flag or None, also out of an array of one."""
     if value is None or isinstance(value, bool | int | float):
         return value
-    item = getattr(value, "item", None)
-    if item is None or np.size(value) != 1:
-        raise ValueError(f"Invalid {name}: {value!r:.60}, expected a number.")
-    value = item()
+    try:
+        value = value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        raise ValueError(f"Invalid {name}: {value!r:.60}, expected a number.") from None
     return bool(value) if name in ("centered", "maximize") else value
 
 
