@@ -6,7 +6,7 @@
 .keras, .h5, .hdf5             Keras', by h5py: of a `.keras` file the weights in it, and its JSON
 =============================  ==========================================================================
 
-A file that is cut or altered is refused as far as its format has checksums (`.keras` files and PyTorch's do) or
+A file that is cut or altered is refused as far as its format has checksums (`.keras` and PyTorch's do) or
 its reader finds out. `.h5` has none, and some that are altered keep the HDF5 library busy for ever.
 """
 
