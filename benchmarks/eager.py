@@ -8,22 +8,13 @@ Where `optax.rmsprop` dispatches one operation at a time, `rmsprop` has one jitt
 rule, one for the momentum and one for the addition; the multiplication by the learning rate is Optax's.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
-import optax
 
-import rmsprop_jax
-from benchmarks.side_by_side import alternate, environment, installed, milliseconds, ratio, save
+from benchmarks._frame import installed, keep, markdown, parser, printed, spread
+from benchmarks._steps import FEW_FORMS, FORMS, PACKAGES, gradients
+from benchmarks.side_by_side import alternate, milliseconds, ratio
 from benchmarks.torch_side import TorchProcess
-
-FORMS = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "centered, momentum": {"centered": True, "momentum": 0.9},
-}
-PACKAGES = {"optax": optax, "ours": rmsprop_jax}
 
 
 class Eager:
@@ -32,7 +23,7 @@ class Eager:
     def __init__(self, package, options, params):
         self.tx, self.add = package.rmsprop(1e-3, **options), package.apply_updates
         self.params, self.state = params, self.tx.init(params)
-        self.grads = jax.tree.map(lambda p: 0.3 * p, params)
+        self.grads = gradients(params)
 
     def update(self):
         updates, self.state = self.tx.update(self.grads, self.state, self.params)
@@ -63,41 +54,31 @@ def compare(form, leaves, torch, rounds):
 
 
 def table(data):
-    lines = [
-        "| leaves | form | Optax | rmsprop_jax | times faster, middle half | update alone "
-        "| PyTorch, foreach |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ["leaves", "form", "Optax", "rmsprop_jax", "times faster, middle half", "update alone"]
+    rows = []
     for row in data["rows"]:
-        ms, r = row["milliseconds"], row["faster"]
+        ms = row["milliseconds"]
         torch = f"{ms['torch foreach']:.2f} ms" if "torch foreach" in ms else "not measured"
-        lines.append(
-            f"| {row['leaves']} | {row['form']} | {ms['optax']:.2f} ms | {ms['ours']:.2f} ms "
-            f"| {r['median']:.1f} ({r['low']:.1f} to {r['high']:.1f}) | {row['update_faster']['median']:.1f} "
-            f"| {torch} |"
-        )
-    return "\n".join(lines)
+        times = f"{ms['optax']:.2f} ms", f"{ms['ours']:.2f} ms", spread(row["faster"], 1)
+        rows.append((f"{row['leaves']}", row["form"], *times, f"{row['update_faster']['median']:.1f}", torch))
+    return markdown([*columns, "PyTorch, foreach"], rows)
+
+
+def line(row):
+    ms = row["milliseconds"]
+    return (
+        f"{row['leaves']:6} {row['form']:19} {ms['optax']:9.3f} {ms['ours']:9.3f}   "
+        f"{row['faster']['median']:.2f}, {row['update_faster']['median']:.2f}"
+    )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks eager", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--short", action="store_true", help="10 leaves, a few rounds, nothing kept")
-    short = parser.parse_args(argv).short
-    rounds = 20 if short else 200
-    rows = []
-    print(f"{'':26} {'optax ms':>9} {'ours ms':>9}   times faster: step, update")
+    options = parser("eager", __doc__, short="10 leaves, a few rounds, nothing kept")
+    short = options.parse_args(argv).short
+    rounds, counts = (20, (10,)) if short else (200, (10, 200))
+    heading = f"{'':26} {'optax ms':>9} {'ours ms':>9}   times faster: step, update"
     with TorchProcess() as torch:
-        for leaves in (10,) if short else (10, 200):
-            for form in FORMS:
-                row = compare(form, leaves, torch, rounds)
-                rows.append(row)
-                ms = row["milliseconds"]
-                print(
-                    f"{leaves:6} {form:19} {ms['optax']:9.3f} {ms['ours']:9.3f}   "
-                    f"{row['faster']['median']:.2f}, {row['update_faster']['median']:.2f}",
-                    flush=True,
-                )
+        cases = (compare(form, leaves, torch, rounds) for leaves in counts for form in FEW_FORMS)
+        rows = printed(heading, cases, line)
     if not short:
-        print(
-            save("eager", {"environment": environment(*installed("torch")), "rounds": rounds, "rows": rows})
-        )
+        keep("eager", {"rounds": rounds, "rows": rows}, *installed("torch"))

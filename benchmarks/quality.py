@@ -10,7 +10,6 @@ accumulators, all rounded without bias; "nearest": the same, but parameters roun
     python -m benchmarks quality --short    2 seeds, a few steps, one decay
 """
 
-import argparse
 import re
 from pydoc_data.topics import topics
 
@@ -21,12 +20,10 @@ import optax
 from tqdm import tqdm
 
 import rmsprop_jax
-from benchmarks.side_by_side import RESULTS, environment, save
+from benchmarks._frame import accumulators, keep, markdown, parser, printed, save_picture
 
 SETTINGS = {  # accumulator, dtype of the parameters, whether they are rounded without bias
-    "float32": ("float32", jnp.float32, False),
-    "bfloat16": ("bfloat16", jnp.float32, False),
-    "uint8": ("uint8", jnp.float32, False),
+    **{name: (name, jnp.float32, False) for name in accumulators()},
     "8 bytes": ("uint8", jnp.bfloat16, True),
     "nearest": ("uint8", jnp.bfloat16, False),
 }
@@ -173,14 +170,18 @@ def final_losses(task, learning_rate, steps, batch, decay, setting, seeds):
 
 def table(data):
     """README's: mean over the seeds, and their standard deviation."""
-    lines = ["| task | decay | " + " | ".join(SETTINGS) + " |", "|---|---|" + "---|" * len(SETTINGS)]
-    for row in data["rows"]:
-        cells = [f"{np.mean(losses):.3f} ({np.std(losses, ddof=1):.3f})" for losses in row["losses"].values()]
-        lines.append(f"| {row['task']} | {row['decay']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        (row["task"], f"{row['decay']}", *(mean_and_deviation(losses) for losses in row["losses"].values()))
+        for row in data["rows"]
+    ]
+    return markdown(["task", "decay", *data["rows"][0]["losses"]], rows)
 
 
-def draw(rows, path):
+def mean_and_deviation(losses):
+    return f"{np.mean(losses):.3f} ({np.std(losses, ddof=1):.3f})"
+
+
+def draw(rows):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
@@ -197,34 +198,35 @@ def draw(rows, path):
                 )
         axes.set_xticks(range(len(some)), [f"decay {row['decay']}" for row in some])
         axes.set(title=task)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.2)
     figure.axes[0].set_ylabel("validation loss, a dot for each seed")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=130)
+    return figure
+
+
+def compare(name, decay, seeds, short):
+    make, learning_rate, steps, batch = TASKS[name]
+    task, steps = make(), 10 if short else steps
+    losses = {
+        setting: final_losses(task, learning_rate, steps, batch, decay, SETTINGS[setting], seeds)
+        for setting in SETTINGS
+    }
+    return {"task": name, "decay": decay, "steps": steps, "losses": losses}
+
+
+def line(row):
+    cells = (f"{mean_and_deviation(losses):>17}" for losses in row["losses"].values())
+    return f"{row['task']:7}{row['decay']:7}" + "".join(cells)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks quality", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("--short", action="store_true", help="2 seeds, a few steps, one decay, nothing kept")
-    short = parser.parse_args(argv).short
+    options = parser("quality", __doc__, short="2 seeds, a few steps, one decay, nothing kept")
+    short = options.parse_args(argv).short
     seeds, decays = (2, DECAYS[:1]) if short else (5, DECAYS)
-    rows = []
-    print(f"{'':14}" + "".join(f"{name:>17}" for name in SETTINGS))
     cases = [(name, decay) for name in TASKS for decay in decays]
-    for name, decay in tqdm(cases, desc="quality", leave=False, disable=None):
-        make, learning_rate, steps, batch = TASKS[name]
-        task, steps = make(), 10 if short else steps
-        losses = {
-            setting: final_losses(task, learning_rate, steps, batch, decay, SETTINGS[setting], seeds)
-            for setting in SETTINGS
-        }
-        rows.append({"task": name, "decay": decay, "steps": steps, "losses": losses})
-        cells = (f"{np.mean(some):8.3f} ({np.std(some, ddof=1):.3f})" for some in losses.values())
-        tqdm.write(f"{name:7}{decay:7}" + "".join(f"{cell:>17}" for cell in cells))
+    bar = tqdm(cases, desc="quality", leave=False, disable=None)
+    heading = f"{'':14}" + "".join(f"{name:>17}" for name in SETTINGS)
+    rows = printed(heading, (compare(*case, seeds, short) for case in bar), line, write=tqdm.write)
     if not short:
-        print(save("quality", {"environment": environment("scikit-learn"), "seeds": seeds, "rows": rows}))
-        draw(rows, RESULTS / "quality.png")
+        keep("quality", {"seeds": seeds, "rows": rows}, "scikit-learn")
+        save_picture("quality", draw(rows), grid="y")

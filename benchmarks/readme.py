@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.side_by_side import RESULTS
+from benchmarks._frame import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 REPORT = Path(__file__).parent / "README.md"

@@ -10,7 +10,6 @@ large table allocates and frees gigabytes, and the next steps pay for that: so r
     python -m benchmarks rows --short    the smallest tables, a few turns
 """
 
-import argparse
 import time
 
 import jax
@@ -19,7 +18,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from benchmarks.side_by_side import RESULTS, environment, save
+from benchmarks._frame import keep, markdown, parser, printed, save_picture
+from benchmarks._steps import Step
 from rmsprop_jax import apply_updates, rmsprop, rows
 
 WIDTH = 64
@@ -32,13 +32,14 @@ def loss_fn(found, params, target):
 
 
 def row_side():
-    tx = optax.partition({"rows": rows.rmsprop(1e-3), "dense": rmsprop(1e-3)}, ("rows", "dense"))
+    tx = optax.partition({"rows": rows.exact(rmsprop(1e-3)), "dense": rmsprop(1e-3)}, ("rows", "dense"))
 
-    def step(both, state, ids, target):
+    def step(kept, ids, target):
+        both, state = kept
         table, params = both
         loss, grads = rows.value_and_grad(loss_fn)(table, ids, params, target)
         updates, state = tx.update(grads, state, both)
-        return apply_updates(both, updates), state, loss
+        return (apply_updates(both, updates), state), loss
 
     return tx, step
 
@@ -46,10 +47,11 @@ def row_side():
 def dense_side():
     tx = optax.rmsprop(1e-3)
 
-    def step(both, state, ids, target):
+    def step(kept, ids, target):
+        both, state = kept
         loss, grads = jax.value_and_grad(lambda both: loss_fn(both[0][ids], both[1], target))(both)
         updates, state = tx.update(grads, state, both)
-        return optax.apply_updates(both, updates), state, loss
+        return (optax.apply_updates(both, updates), state), loss
 
     return tx, step
 
@@ -57,24 +59,17 @@ def dense_side():
 SIDES = {"rows": row_side, "dense": dense_side}
 
 
-class Side:
-    """A compiled training step with its state."""
-
+class Side(Step):
     def __init__(self, name, num_rows, batch):
         tx, step = SIDES[name]()
-        self.both = jnp.zeros((num_rows, WIDTH)), jnp.ones(WIDTH)
-        self.state = jax.jit(tx.init)(self.both)
+        both = jnp.zeros((num_rows, WIDTH)), jnp.ones(WIDTH)
         ids, target = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.float32)
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(self.both, self.state, ids, target)
-        start = time.perf_counter()
-        self.step = lowered.compile()
-        self.compile_s = time.perf_counter() - start
-        self.temporary = self.step.memory_analysis().temp_size_in_bytes
+        super().__init__(step, (both, jax.jit(tx.init)(both)), ids, target)
         self.milliseconds = []
 
     def take_step(self, ids, target):
         start = time.perf_counter()
-        self.both, self.state, loss = jax.block_until_ready(self.step(self.both, self.state, ids, target))
+        _, loss = jax.block_until_ready(self(ids, target))
         self.milliseconds.append(1e3 * (time.perf_counter() - start))
         return loss
 
@@ -114,14 +109,14 @@ def compare(num_rows, batch, distribution, turns, steps):
     for name, side in sides.items():
         result[name] = {
             "ms": float(np.median(milliseconds[name])),
-            "temporary_bytes": side.temporary,
-            "compile_s": side.compile_s,
+            "temporary_bytes": side.temporary_bytes,
+            "compile_s": side.stages["compile"],
         }
     result["rows"]["alone_ms"] = float(np.median(sides["rows"].milliseconds[-ALONE // 2 :]))
     return result | {"ratio": result["dense"]["ms"] / result["rows"]["ms"]}
 
 
-def draw(results, path):
+def draw(results):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -135,60 +130,57 @@ def draw(results, path):
                 alpha = 0.4 + 0.2 * shade
                 axes.loglog(x, y, mark, color=color, alpha=alpha, ms=4, label=f"{name}, {batch:,} ids")
         axes.set(xlabel="rows of the table", title=f"{distribution} ids")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
     figure.axes[0].set_ylabel("milliseconds per training step")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i].startswith("rows"))
     figure.legend(
         [handles[i] for i in order], [labels[i] for i in order], loc="outside right center", frameon=False
     )
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def table(data):
     """README's: tables of every size, with the ids of one batch size and distribution."""
-    lines = [
-        "| rows of the table | dense `optax.rmsprop` | `rows.rmsprop` | ratio | rows, alone | temporaries |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ["rows of the table", "dense `optax.rmsprop`", "`rows.exact`", "ratio", "rows, alone"]
+    cells = []
     for r in data["results"]:
         if (r["batch"], r["distribution"]) == (4096, "zipf"):
             dense, ours = r["dense"], r["rows"]
+            times = f"{dense['ms']:.1f} ms", f"{ours['ms']:.1f} ms", f"{r['ratio']:.1f}"
             megabytes = [side["temporary_bytes"] / 1e6 for side in (dense, ours)]
-            lines.append(
-                f"| {r['num_rows']:,} | {dense['ms']:.1f} ms | {ours['ms']:.1f} ms | {r['ratio']:.1f} "
-                f"| {ours['alone_ms']:.1f} ms | {megabytes[0]:,.0f} MB, {megabytes[1]:.0f} MB |"
-            )
-    return "\n".join(lines)
+            temporaries = f"{megabytes[0]:,.0f} MB, {megabytes[1]:.0f} MB"
+            cells.append((f"{r['num_rows']:,}", *times, f"{ours['alone_ms']:.1f} ms", temporaries))
+    return markdown([*columns, "temporaries"], cells)
+
+
+def line(r):
+    megabytes = [r[name]["temporary_bytes"] / 1e6 for name in SIDES]
+    return (
+        f"{r['num_rows']:10,} {r['batch']:8,} {r['distribution']:8} {r['rows']['ms']:9.2f} "
+        f"{r['rows']['alone_ms']:9.2f} {r['dense']['ms']:9.2f} "
+        f"{r['ratio']:7.1f} {megabytes[0]:8.1f} {megabytes[1]:9.1f}"
+    )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks rows", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--short", action="store_true", help="the smallest tables, a few turns")
-    parser.add_argument(
-        "--tables", type=float, nargs="+", default=[1e4, 1e5, 1e6, 1e7], help="rows of the tables"
-    )
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="ids per step")
-    args = parser.parse_args(argv)
+    options = parser("rows", __doc__, short="the smallest tables, a few turns")
+    sizes = [1e4, 1e5, 1e6, 1e7]
+    options.add_argument("--tables", type=float, nargs="+", default=sizes, help="rows of the tables")
+    options.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="ids per step")
+    args = options.parse_args(argv)
     tables, batches = ([1e4, 1e5], [256, 4096]) if args.short else (args.tables, args.batches)
 
+    def measured(num_rows, batch, distribution):
+        turns, steps = (1, 3) if args.short or num_rows > 2e6 else (4, 10)
+        return compare(num_rows, batch, distribution, turns, steps)
+
     cases = [(int(n), b, d) for n in tables for d in ("uniform", "zipf") for b in batches]
-    results = []
-    print(
+    bar = tqdm(cases, desc="rows", leave=False, disable=None)
+    heading = (
         f"{'rows':>10} {'ids':>8} {'':8} {'rows ms':>9} {'alone':>9} {'dense ms':>9} {'ratio':>7} "
         f"{'rows MB':>8} {'dense MB':>9}"
     )
-    for num_rows, batch, distribution in tqdm(cases, desc="rows", leave=False, disable=None):
-        turns, steps = (1, 3) if args.short or num_rows > 2e6 else (4, 10)
-        r = compare(num_rows, batch, distribution, turns, steps)
-        results.append(r)
-        megabytes = [r[name]["temporary_bytes"] / 1e6 for name in SIDES]
-        tqdm.write(
-            f"{num_rows:10,} {batch:8,} {distribution:8} {r['rows']['ms']:9.2f} "
-            f"{r['rows']['alone_ms']:9.2f} {r['dense']['ms']:9.2f} "
-            f"{r['ratio']:7.1f} {megabytes[0]:8.1f} {megabytes[1]:9.1f}"
-        )
+    results = printed(heading, (measured(*case) for case in bar), line, write=tqdm.write)
     if not args.short:
-        save("rows", {"environment": environment(), "width": WIDTH, "results": results})
-        draw(results, RESULTS / "rows.png")
+        keep("rows", {"width": WIDTH, "results": results})
+        save_picture("rows", draw(results))

@@ -10,11 +10,9 @@ simulated and share its cores: what a device keeps falls, the time does not.
 On a GPU, `python -m benchmarks scale` measures it and keeps it as scale_gpu.json.
 """
 
-import argparse
 import multiprocessing
 import re
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +20,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rmsprop_jax
+from benchmarks._frame import accumulators, keep, markdown, parser, save_picture
+from benchmarks._steps import PACKAGES, both, size, update_step
 from benchmarks.bandwidth import gigabytes_per_second, streams
-from benchmarks.eager import PACKAGES
-from benchmarks.side_by_side import (
-    alternate,
-    built_twice,
-    environment,
-    milliseconds,
-    pooled,
-    ratio,
-    result,
-    save,
-)
-from benchmarks.step import Stepper
-
-ACCUMULATORS = ("float32", "bfloat16", "uint8")
+from benchmarks.side_by_side import alternate, milliseconds, pooled, ratio
 
 
 def state_bytes(params, accumulator="float32"):
@@ -55,19 +42,16 @@ def kernels(compiled):
 
 def measure(params, rounds):
     """One point: times, kernels, bytes of state."""
-    sides = built_twice(
-        {name: partial(Stepper, package.rmsprop(1e-3), params) for name, package in PACKAGES.items()}
-    )
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    seconds = pooled(alternate(sides, rounds, repeat=max(1, min(20, int(2e6 / size)))))
+    sides, total = both(params), size(params)
+    seconds = pooled(alternate(sides, rounds, repeat=max(1, min(20, int(2e6 / total)))))
     return {
-        "parameters": size,
+        "parameters": total,
         "leaves": len(jax.tree.leaves(params)),
         "milliseconds": {name: milliseconds(times) for name, times in seconds.items()},
         "ratio": ratio(seconds["ours"], seconds["optax"]),
         "kernels": {name: kernels(sides[name].compiled) for name in PACKAGES},
-        "gigabytes_per_second": 20 * size / (milliseconds(seconds["ours"]) * 1e6),
-        "state_bytes": {accumulator: state_bytes(params, accumulator) for accumulator in ACCUMULATORS},
+        "gigabytes_per_second": 20 * total / (milliseconds(seconds["ours"]) * 1e6),
+        "state_bytes": {accumulator: state_bytes(params, accumulator) for accumulator in accumulators()},
     }
 
 
@@ -79,7 +63,7 @@ def over_leaves(size, counts, rounds):
     return [measure([jnp.full(size // count, 0.1)] * count, rounds) for count in counts]
 
 
-def over_devices(size, rounds, simulated=None):
+def over_devices(total, rounds, simulated=None):
     """The points of 1, 2, 4, ... devices; `simulated` of them in a process that has no others."""
     if simulated is not None:
         jax.config.update("jax_platforms", "cpu")
@@ -88,17 +72,17 @@ def over_devices(size, rounds, simulated=None):
     for count in (2**i for i in range(4) if 2**i <= len(devices)):
         mesh = Mesh(np.array(devices[:count]), ("shards",))
         sharding = NamedSharding(mesh, PartitionSpec("shards"))
-        params = {"w": jax.device_put(jnp.full((size // 512, 512), 0.1), sharding)}
+        params = {"w": jax.device_put(jnp.full((total // 512, 512), 0.1), sharding)}
         tx = rmsprop_jax.rmsprop(1e-3)
-        side = Stepper(tx, params)
-        side.state = side.state[0]._replace(nu=jax.device_put(side.state[0].nu, sharding)), *side.state[1:]
-        side.compile(tx)
+        rms, *others = tx.init(params)
+        state = rms._replace(nu=jax.device_put(rms.nu, sharding)), *others
+        side = update_step(tx, params, state)
         seconds = alternate({"ours": side}, rounds)
-        kept = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(side.state))
+        kept = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(side.kept[1]))
         points.append(
             {
                 "devices": count,
-                "parameters": size,
+                "parameters": total,
                 "milliseconds": milliseconds(seconds["ours"]),
                 "state_bytes_on_each": kept,
             }
@@ -109,39 +93,33 @@ def over_devices(size, rounds, simulated=None):
 def table(data):
     """Three: over parameters, leaves and devices."""
     best = max(data["gigabytes_per_second"].values())
-    lines = [
-        "| parameters, one leaf | `optax.rmsprop` | `rmsprop` | GB/s | of the bandwidth "
-        "| state: float32, bfloat16, uint8 |",
-        "|---|---|---|---|---|---|",
-    ]
+    over_parameters, over_leaves, over_devices = [], [], []
     for p in data["parameters"]:
-        rate, kept = p["gigabytes_per_second"], [b / 1e6 for b in p["state_bytes"].values()]
-        lines.append(
-            f"| {p['parameters']:,} | {p['milliseconds']['optax']:.3f} ms "
-            f"| {p['milliseconds']['ours']:.3f} ms | {rate:.1f} | {rate / best:.2f} | "
-            + ", ".join(f"{mb:.2f}" for mb in kept)
-            + " MB |"
-        )
-    lines += [
-        "",
-        "| leaves, a million parameters | `optax.rmsprop` | `rmsprop` | kernels |",
-        "|---|---|---|---|",
-    ]
+        ms, rate, kept = p["milliseconds"], p["gigabytes_per_second"], p["state_bytes"].values()
+        rates = f"{ms['optax']:.3f} ms", f"{ms['ours']:.3f} ms", f"{rate:.1f}", f"{rate / best:.2f}"
+        megabytes = ", ".join(f"{x / 1e6:.2f}" for x in kept) + " MB"
+        over_parameters.append((f"{p['parameters']:,}", *rates, megabytes))
     for p in data["leaves"]:
-        lines.append(
-            f"| {p['leaves']:,} | {p['milliseconds']['optax']:.3f} ms | {p['milliseconds']['ours']:.3f} ms "
-            f"| {p['kernels']['optax']:,}, {p['kernels']['ours']:,} |"
-        )
-    lines += ["", "| devices | `rmsprop` | state on each device |", "|---|---|---|"]
+        ms, kernels = p["milliseconds"], p["kernels"]
+        times = f"{ms['optax']:.3f} ms", f"{ms['ours']:.3f} ms"
+        over_leaves.append((f"{p['leaves']:,}", *times, f"{kernels['optax']:,}, {kernels['ours']:,}"))
     for p in data["devices"]:
-        lines.append(
-            f"| {p['devices']} | {p['milliseconds']:.2f} ms | {p['state_bytes_on_each'] / 1e6:.2f} MB |"
-        )
+        megabytes = p["state_bytes_on_each"] / 1e6
+        over_devices.append((f"{p['devices']}", f"{p['milliseconds']:.2f} ms", f"{megabytes:.2f} MB"))
+    sides = ["`optax.rmsprop`", "`rmsprop`"]
+    states = f"state: {', '.join(data['parameters'][0]['state_bytes'])}"
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in data["gigabytes_per_second"].items())
-    return "\n".join([*lines, "", f"Bandwidth, GB/s: {rates}."])
+    return "\n\n".join(
+        [
+            markdown(["parameters, one leaf", *sides, "GB/s", "of the bandwidth", states], over_parameters),
+            markdown(["leaves, a million parameters", *sides, "kernels"], over_leaves),
+            markdown(["devices", "`rmsprop`", "state on each device"], over_devices),
+            f"Bandwidth, GB/s: {rates}.",
+        ]
+    )
 
 
-def draw(data, path):
+def draw(data):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -169,35 +147,30 @@ def draw(data, path):
         )
     right.set(xlabel="devices", ylabel="MB of state on each", title="Devices, 4 million parameters in shards")
     right.margins(y=0.1)
-    for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks scale", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--short", action="store_true", help="small sizes, a few rounds, nothing kept")
-    short = parser.parse_args(argv).short
+    options = parser("scale", __doc__, short="small sizes, a few rounds, nothing kept")
+    short = options.parse_args(argv).short
     cpu = jax.default_backend() == "cpu"
     rounds = 3 if short else 20
     sizes = [10**n for n in range(4, 6 if short else 9 if cpu else 10)]
     counts = (1, 10) if short else (1, 10, 100, 1000, 2000)
     sides = streams(sizes[-1] if short else 2**25)
     data = {
-        "environment": environment(),
         "rounds": rounds,
         "parameters": over_parameters(sizes, rounds),
         "gigabytes_per_second": gigabytes_per_second(sides, alternate(sides, rounds)),
         "leaves": over_leaves(10**5 if short else 10**6, counts, rounds),
     }
-    size = 2**16 if short else 2**22
+    total = 2**16 if short else 2**22
     if cpu:  # devices are simulated, and their number is fixed before the first of them is used
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            data["devices"] = process.submit(over_devices, size, rounds, simulated=8).result()
+            data["devices"] = process.submit(over_devices, total, rounds, simulated=8).result()
     else:
-        data["devices"] = over_devices(size, rounds)
+        data["devices"] = over_devices(total, rounds)
     print(table(data))
     if not short:
-        print(save("scale", data))
-        draw(data, result("scale", ".png"))
+        keep("scale", data)
+        save_picture("scale", draw(data))

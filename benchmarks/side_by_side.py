@@ -1,19 +1,13 @@
 """Both sides in one process, alternating, so that what else the machine does falls on both."""
 
-import importlib.util
-import json
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 
-RESULTS = Path(__file__).parent / "results"
 _AGAIN = ", again"
 
 
@@ -75,37 +69,3 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 def milliseconds(seconds: list[float]) -> float:
     return 1e3 * statistics.median(seconds)
-
-
-def environment(*packages: str) -> dict[str, Any]:
-    """What was measured on what."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind if device.platform != "cpu" else f"CPU, {_processor()}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "optax", *packages)},
-    }
-
-
-def save(name: str, data: dict[str, Any]) -> Path:
-    """Keeps the data as NAME.json, or as NAME_gpu.json when that is where they were measured."""
-    RESULTS.mkdir(exist_ok=True)
-    path = result(name)
-    path.write_text(json.dumps(data, indent=1) + "\n")
-    return path
-
-
-def result(name: str, suffix: str = ".json") -> Path:
-    platform = jax.default_backend()
-    return RESULTS / f"{name}{'' if platform == 'cpu' else f'_{platform}'}{suffix}"
-
-
-def installed(*packages: str) -> tuple[str, ...]:
-    """Those of the packages that are installed: the peers are optional, and so are their rows."""
-    return tuple(name for name in packages if importlib.util.find_spec(name))
-
-
-def _processor():
-    with open("/proc/cpuinfo") as lines:
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()

@@ -30,36 +30,18 @@ PyTorch's foreach passes over its tensors five times, 52 bytes per parameter by 
 times its speed is out of reach while both are bound by memory.
 """
 
-import argparse
 import importlib.util
 import os
-import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from benchmarks._frame import installed, keep, markdown, parser, printed, spread
+from benchmarks._steps import FEW_FORMS, FORMS, Step, both, gradients, size
 from benchmarks.bandwidth import gigabytes_per_second, streams
-from benchmarks.eager import PACKAGES
-from benchmarks.side_by_side import (
-    alternate,
-    built_twice,
-    environment,
-    installed,
-    milliseconds,
-    pooled,
-    ratio,
-    save,
-)
+from benchmarks.side_by_side import alternate, milliseconds, pooled, ratio
 from benchmarks.torch_side import VARIANTS, TorchProcess
 
-FORMS = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "centered": {"centered": True},
-    "centered, momentum": {"centered": True, "momentum": 0.9},
-}
 PEERS = ("keras", *VARIANTS)
 
 
@@ -91,50 +73,21 @@ TREES = {
 }
 
 
-class Stepper:
-    """A compiled training step that keeps its parameters and state, and its own donated buffers."""
+def keras_step(options, params):
+    """The step of `keras.optimizers.RMSprop`, on Keras's JAX backend."""
+    import keras
 
-    def __init__(self, tx, params):
-        self.params, self.state = jax.tree.map(jnp.copy, params), tx.init(params)
-        self.grads = jax.tree.map(lambda p: 0.3 * p, params)
-        self.compile(tx)
+    variables = [keras.Variable(leaf) for leaf in jax.tree.leaves(params)]
+    optimizer = keras.optimizers.RMSprop(1e-3, rho=0.9, epsilon=1e-8, **options)
+    optimizer.build(variables)
 
-    def compile(self, tx):
-        def step(params, state, grads):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
+    def step(kept, grads):
+        params, state = kept
+        return optimizer.stateless_apply(state, grads, params), ()
 
-        self._compile(step)
-
-    def _compile(self, step):
-        begun = time.perf_counter()
-        jitted = jax.jit(step, donate_argnums=(0, 1))
-        self.compiled = jitted.lower(self.params, self.state, self.grads).compile()
-        self.compile_s = time.perf_counter() - begun
-
-    def __call__(self):
-        self.params, self.state = self.compiled(self.params, self.state, self.grads)
-        return self.params, self.state
-
-
-class KerasStepper(Stepper):
-    """The same of `keras.optimizers.RMSprop`, on Keras's JAX backend."""
-
-    def __init__(self, options, params):
-        import keras
-
-        variables = [keras.Variable(leaf) for leaf in jax.tree.leaves(params)]
-        optimizer = keras.optimizers.RMSprop(1e-3, rho=0.9, epsilon=1e-8, **options)
-        optimizer.build(variables)
-
-        def step(params, state, grads):
-            return optimizer.stateless_apply(state, grads, params)
-
-        # Copies: Keras's variables keep the arrays that they were built with.
-        self.params = [jnp.copy(variable.value) for variable in variables]
-        self.state = [jnp.copy(variable.value) for variable in optimizer.variables]
-        self.grads = [0.3 * p for p in self.params]
-        self._compile(step)
+    # Copies: Keras's variables keep the arrays that they were built with.
+    params, state = ([jnp.copy(v.value) for v in some] for some in (variables, optimizer.variables))
+    return Step(step, (params, state), gradients(params))
 
 
 def has_keras():
@@ -151,26 +104,21 @@ def forms_of(tree, short):
         return ("plain", "centered, momentum")
     if tree in ("one leaf", "transformer"):
         return tuple(FORMS)
-    return ("plain", "momentum") if tree == "2,000 leaves" else ("plain", "momentum", "centered, momentum")
+    return FEW_FORMS[:2] if tree == "2,000 leaves" else FEW_FORMS
 
 
 def moved_bytes(params, options):
     """Parameter and accumulators read and written, gradient read: plainly 20 bytes per parameter."""
     accumulators = 1 + len(options)
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) * 4 * (2 * (1 + accumulators) + 1)
+    return size(params) * 4 * (2 * (1 + accumulators) + 1)
 
 
 def compare(tree, form, params, torch, rounds, short):
     options, leaves = FORMS[form], jax.tree.leaves(params)
-    size = sum(leaf.size for leaf in leaves)
-    sides = built_twice(
-        {
-            name: partial(Stepper, package.rmsprop(1e-3, **options), params)
-            for name, package in PACKAGES.items()
-        }
-    )
+    total = size(params)
+    sides = both(params, **options)
     if has_keras():
-        sides["keras"] = KerasStepper(options, params)
+        sides["keras"] = keras_step(options, params)
     for variant in VARIANTS:
         if variant != "torch compile" or (not short and form == "plain" and len(leaves) <= 200):
             shapes = [leaf.shape for leaf in leaves]
@@ -178,9 +126,9 @@ def compare(tree, form, params, torch, rounds, short):
             if step is not None:
                 sides[variant] = step
     # Small trees fit the caches: many steps in a turn, and streams apart from them.
-    small = size < 1e6
-    stream = streams(max(size, 2**16))
-    repeat = 1 if short else max(1, min(20, 300_000 // size))
+    small = total < 1e6
+    stream = streams(max(total, 2**16))
+    repeat = 1 if short else max(1, min(20, 300_000 // total))
     seconds = pooled(alternate(sides if small else sides | stream, rounds, repeat))
     seconds |= alternate(stream, rounds) if small else {}
     torch.clear()
@@ -191,7 +139,7 @@ def compare(tree, form, params, torch, rounds, short):
     return {
         "tree": tree,
         "form": form,
-        "parameters": size,
+        "parameters": total,
         "leaves": len(leaves),
         "milliseconds": {name: milliseconds(seconds[name]) for name in sides},
         "compile_seconds": {name: side.compile_s for name, side in sides.items()},
@@ -200,17 +148,18 @@ def compare(tree, form, params, torch, rounds, short):
         "gigabytes_per_second": bandwidth,
         "limit_milliseconds": None if small else limit,
         "temporary_bytes": {
-            name: side.compiled.memory_analysis().temp_size_in_bytes
-            for name, side in sides.items()
-            if isinstance(side, Stepper)
+            name: side.temporary_bytes for name, side in sides.items() if isinstance(side, Step)
         },
     }
 
 
-def size_of(row):
+def _of_size(row):
     millions = row["parameters"] / 1e6
-    size = f"{millions:.0f} million in {row['leaves']}" if millions >= 1 else "of 64"
-    return f"{row['tree']}, {size}" if millions >= 1 else f"{row['tree']} {size}"
+    return (
+        f"{row['tree']}, {millions:.0f} million in {row['leaves']}"
+        if millions >= 1
+        else f"{row['tree']} of 64"
+    )
 
 
 def _time(ms):
@@ -229,71 +178,61 @@ def table(data):
 
 def report(data):
     """All of it, and how long it compiles."""
-    lines = [_table(data["rows"]), "", "Seconds to trace, lower and compile; PyTorch's first step:", ""]
     names = ("optax", "ours", "keras", "torch compile")
-    lines += ["| tree | form | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    compiling = []
     for row in data["rows"]:
         cells = [row["compile_seconds"].get(name) for name in names]
-        lines.append(
-            f"| {size_of(row)} | {row['form']} | "
-            + " | ".join("-" if s is None else f"{s:.2f}" for s in cells)
-            + " |"
-        )
+        compiling.append((_of_size(row), row["form"], *("-" if s is None else f"{s:.2f}" for s in cells)))
     fastest = {}
     for row in data["rows"]:
         if row["limit_milliseconds"] is not None:
             for name, rate in row["gigabytes_per_second"].items():
                 fastest.setdefault(name, []).append(rate)
     rates = ", ".join(f"{name} {sorted(some)[len(some) // 2]:.0f}" for name, some in fastest.items())
-    return "\n".join(
-        [*lines, "", f"Bandwidth in the same turns, GB/s, median of the large trees' rows: {rates}."]
+    return "\n\n".join(
+        [
+            _table(data["rows"]),
+            "Seconds to trace, lower and compile; PyTorch's first step:",
+            markdown(["tree", "form", *names], compiling),
+            f"Bandwidth in the same turns, GB/s, median of the large trees' rows: {rates}.",
+        ]
     )
 
 
 def _table(rows):
-    lines = [
-        "| tree | form | `optax.rmsprop` | `rmsprop` | ratio, middle half | Keras "
-        "| PyTorch loop, foreach, compiled | of the limit |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["tree", "form", "`optax.rmsprop`", "`rmsprop`", "ratio, middle half", "Keras"]
+    cells = []
     for row in rows:
-        ms, r = row["milliseconds"], row["ratio"]
-        limit = row["limit_milliseconds"]
+        ms, limit = row["milliseconds"], row["limit_milliseconds"]
+        times = _time(ms["optax"]), _time(ms["ours"]), spread(row["ratio"])
+        peers = _times(row, "keras"), ", ".join(_times(row, name) for name in VARIANTS)
         of_limit = "" if limit is None else f"{ms['ours'] / limit:.2f}"
-        lines.append(
-            f"| {size_of(row)} | {row['form']} | {_time(ms['optax'])} | {_time(ms['ours'])} "
-            f"| {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}) | {_times(row, 'keras')} "
-            f"| {', '.join(_times(row, name) for name in VARIANTS)} "
-            f"| {of_limit} |"
-        )
-    return "\n".join(lines)
+        cells.append((_of_size(row), row["form"], *times, *peers, of_limit))
+    return markdown([*columns, "PyTorch loop, foreach, compiled", "of the limit"], cells)
+
+
+def line(row):
+    ms, limit = row["milliseconds"], row["limit_milliseconds"]
+    peers = "  ".join(f"{_times(row, name):>{len(name)}}" for name in PEERS)
+    return (
+        f"{row['tree']:13} {row['form']:19} {ms['optax']:8.3f} {ms['ours']:8.3f}   "
+        f"{spread(row['ratio'], 3)}   {peers}" + ("" if limit is None else f"   {limit:.2f} ms")
+    )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks step", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--short", action="store_true", help="small trees, a few rounds, nothing kept")
-    short = parser.parse_args(argv).short
+    options = parser("step", __doc__, short="small trees, a few rounds, nothing kept")
+    short = options.parse_args(argv).short
     rounds, scale = (3, 8) if short else (20, 1)
-    rows = []
-    print(
-        f"{'':33} {'optax':>8} {'ours':>8}   ratio (middle half)      times ours: "
-        + "  ".join(PEERS)
-        + "   limit",
-        flush=True,
+    heading = (
+        f"{'':33} {'optax':>8} {'ours':>8}   ratio (middle half)      times ours: {'  '.join(PEERS)}   limit"
     )
     with TorchProcess() as torch:
-        for tree, make in TREES.items():
-            for form in forms_of(tree, short):
-                row = compare(tree, form, make(scale), torch, rounds, short)
-                rows.append(row)
-                ms, r, limit = row["milliseconds"], row["ratio"], row["limit_milliseconds"]
-                print(
-                    f"{tree:13} {form:19} {ms['optax']:8.3f} {ms['ours']:8.3f}   "
-                    f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})   "
-                    + "  ".join(f"{_times(row, name):>{len(name)}}" for name in PEERS)
-                    + ("" if limit is None else f"   {limit:.2f} ms"),
-                    flush=True,
-                )
+        cases = (
+            compare(tree, form, make(scale), torch, rounds, short)
+            for tree, make in TREES.items()
+            for form in forms_of(tree, short)
+        )
+        rows = printed(heading, cases, line)
     if not short:
-        packages = installed("keras", "torch")
-        print(save("step", {"environment": environment(*packages), "rounds": rounds, "rows": rows}))
+        keep("step", {"rounds": rounds, "rows": rows}, *installed("keras", "torch"))

@@ -18,7 +18,6 @@ of the run. All else has its default.
     python -m benchmarks tasks --short          three of them, one trial each, a few steps
 """
 
-import argparse
 import json
 import math
 from functools import partial
@@ -30,8 +29,8 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from benchmarks._frame import environment, markdown, parser, result, save, save_picture
 from benchmarks._tasks import MAKE
-from benchmarks.side_by_side import RESULTS, environment, save
 from rmsprop_jax import rmsprop, warmup
 
 OPTIMIZERS = {
@@ -173,7 +172,7 @@ def plainly(values):
 
 def table(data):
     """README's: mean over the seeds, and their standard deviation; bold the best, italic as good."""
-    lines = ["| task | " + " | ".join(METHODS) + " |", "|---|" + "---|" * len(METHODS)]
+    rows = []
     for row in data["rows"]:
         scores = {name: np.array(method["scores"], float) for name, method in row["methods"].items()}
         plan = PLANS[row["task"]]
@@ -187,8 +186,8 @@ def table(data):
             mean, of_best = (f"{np.mean(x):.{digits}f}" for x in (some, best))
             mark = "**" if mean == of_best else "*" if as_good(some, best) else ""
             cells.append(f"{mark}{mean} ({np.std(some, ddof=1):.{digits}f}){mark}")
-        lines.append(f"| {row['task']}, {plan.measure} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append((f"{row['task']}, {plan.measure}", *cells))
+    return markdown(["task", *METHODS], rows)
 
 
 def as_good(some, best):
@@ -197,7 +196,7 @@ def as_good(some, best):
     return abs(difference.mean()) <= 2.776 * difference.std(ddof=1) / math.sqrt(len(difference))
 
 
-def draw(rows, path):
+def draw(rows):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.4), layout="constrained")
@@ -219,20 +218,17 @@ def draw(rows, path):
             bottom = 0.95 * min(np.nanmin(low) for _, low, _ in curves.values())
             axes.set(ylim=(bottom, top), yscale="log" if top > 10 * bottom else "linear")
             axes.yaxis.set_major_formatter("{x:g}")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
     for axes in panels[-1]:
         axes.set_xlabel("step")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS), frameon=False)
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks tasks", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=PLANS, nargs="+", help="put among what is kept")
-    parser.add_argument("--short", action="store_true", help="three tasks, a few steps, nothing kept")
-    args = parser.parse_args(argv)
+    options = parser("tasks", __doc__, short="three tasks, a few steps, nothing kept")
+    options.add_argument("--only", choices=PLANS, nargs="+", help="put among what is kept")
+    args = options.parse_args(argv)
     where = environment("scikit-learn")
     print(f"{'':10}{'':17}{'mean':>9} {'(std)':9}{'rate':>9}{'knob':>7}")
     names = args.only or (SHORT if args.short else PLANS)
@@ -252,12 +248,12 @@ def main(argv=None):
         if not args.short:
             rows = with_kept({"task": name, "methods": methods}, where)
             save("tasks", {"environment": where, "points": POINTS, "rows": rows})
-            draw(rows, RESULTS / "tasks.png")
+            save_picture("tasks", draw(rows))
 
 
 def with_kept(row, where):
     """The row and those of the other tasks that are kept from the same environment."""
-    path, rows = RESULTS / "tasks.json", {}
+    path, rows = result("tasks"), {}
     if path.exists() and (data := json.loads(path.read_text()))["environment"] == where:
         rows = {row["task"]: row for row in data["rows"]}
     rows[row["task"]] = row

@@ -12,17 +12,16 @@ Optax's: the rule has more operations, those that keep a huge gradient and a zer
 longer.
 """
 
-import argparse
 import gc
 import re
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.eager import FORMS, PACKAGES
-from benchmarks.side_by_side import environment, ratio, result, save
+from benchmarks._frame import keep, markdown, parser, printed, save_picture, spread
+from benchmarks._steps import FEW_FORMS, FORMS, PACKAGES, compiled, update_and_apply
+from benchmarks.side_by_side import ratio
 
 ROUNDS = {20: 10, 200: 5, 1000: 3, 2000: 2}  # by leaves: 2,000 take ten seconds to compile
 
@@ -30,28 +29,12 @@ ROUNDS = {20: 10, 200: 5, 1000: 3, 2000: 2}  # by leaves: 2,000 take ten seconds
 def measure(package, options, params):
     """Seconds of each stage, lines of the lowered text and instructions of the compiled program."""
     tx = package.rmsprop(1e-3, **options)
-    state = tx.init(params)
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return package.apply_updates(params, updates), state
-
+    kept = params, tx.init(params)
     jax.clear_caches()
     gc.collect()
-    times = [time.perf_counter()]
-    traced = jax.jit(step, donate_argnums=(0, 1)).trace(params, state, params)
-    times.append(time.perf_counter())
-    lowered = traced.lower()
-    times.append(time.perf_counter())
-    compiled = lowered.compile()
-    times.append(time.perf_counter())
-    return {
-        "trace": times[1] - times[0],
-        "lower": times[2] - times[1],
-        "compile": times[3] - times[2],
-        "lines": lowered.as_text().count("\n"),
-        "instructions": len(re.findall(r"^\s+(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE)),
-    }
+    lowered, program, seconds = compiled(update_and_apply(tx, package.apply_updates), kept, params)
+    instructions = re.findall(r"^\s+(?:ROOT )?%\S+ = ", program.as_text(), re.MULTILINE)
+    return {**seconds, "lines": lowered.as_text().count("\n"), "instructions": len(instructions)}
 
 
 def compare(form, leaves, rounds):
@@ -60,9 +43,9 @@ def compare(form, leaves, rounds):
     for _ in range(rounds):
         for name, package in PACKAGES.items():
             runs[name].append(measure(package, FORMS[form], params))
-    until_lowered = {name: [run["trace"] + run["lower"] for run in some] for name, some in runs.items()}
-    until_compiled = {
-        name: [run["trace"] + run["lower"] + run["compile"] for run in some] for name, some in runs.items()
+    until = {
+        last: {name: [sum(run[stage] for stage in stages) for run in some] for name, some in runs.items()}
+        for last, stages in (("lower", ("trace", "lower")), ("compile", ("trace", "lower", "compile")))
     }
     return {
         "leaves": leaves,
@@ -72,34 +55,30 @@ def compare(form, leaves, rounds):
             name: {key: statistics.median(run[key] for run in some) for key in some[0]}
             for name, some in runs.items()
         },
-        "lowered_faster": ratio(until_lowered["optax"], until_lowered["ours"]),
-        "compiled_faster": ratio(until_compiled["optax"], until_compiled["ours"]),
+        "lowered_faster": ratio(until["lower"]["optax"], until["lower"]["ours"]),
+        "compiled_faster": ratio(until["compile"]["optax"], until["compile"]["ours"]),
     }
 
 
 def table(data):
-    lines = [
-        "| leaves | form | trace and lower: Optax | rmsprop_jax | times faster, middle half | compile: Optax "
-        "| rmsprop_jax | lines of StableHLO |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["leaves", "form", "trace and lower: Optax", "rmsprop_jax", "times faster, middle half"]
+    rows = []
     for row in data["rows"]:
-        theirs, ours, r = row["optax"], row["ours"], row["lowered_faster"]
-        lines.append(
-            f"| {row['leaves']:,} | {row['form']} | {theirs['trace'] + theirs['lower']:.2f} s "
-            f"| {ours['trace'] + ours['lower']:.2f} s "
-            f"| {r['median']:.1f} ({r['low']:.1f} to {r['high']:.1f}) "
-            f"| {theirs['compile']:.1f} s | {ours['compile']:.1f} s "
-            f"| {theirs['lines']:,}, {ours['lines']:,} |"
+        sides = row["optax"], row["ours"]
+        lowered = [f"{side['trace'] + side['lower']:.2f} s" for side in sides]
+        compiled = [f"{side['compile']:.1f} s" for side in sides]
+        lines = ", ".join(f"{side['lines']:,}" for side in sides)
+        rows.append(
+            (f"{row['leaves']:,}", row["form"], *lowered, spread(row["lowered_faster"], 1), *compiled, lines)
         )
-    return "\n".join(lines)
+    return markdown([*columns, "compile: Optax", "rmsprop_jax", "lines of StableHLO"], rows)
 
 
-def draw(rows, path):
+def draw(rows):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
-    for axes, form in zip(figure.subplots(1, len(FORMS), sharey=True), FORMS, strict=True):
+    for axes, form in zip(figure.subplots(1, len(FEW_FORMS), sharey=True), FEW_FORMS, strict=True):
         some = [row for row in rows if row["form"] == form]
         x = [row["leaves"] for row in some]
         for name, color in (("optax", "tab:orange"), ("ours", "tab:blue")):
@@ -111,34 +90,35 @@ def draw(rows, path):
         axes.set_xticks(x, [f"{leaves:,}" if leaves != 1000 else "" for leaves in x])  # 2,000 needs the room
         axes.minorticks_off()
         axes.set(xlabel="leaves of 64", title=form)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
     figure.axes[0].set_ylabel("seconds")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=130)
+    return figure
+
+
+def line(row):
+    sides = [
+        f"{side['trace'] + side['lower']:7.3f} {side['compile']:7.3f}" for side in (row["optax"], row["ours"])
+    ]
+    return (
+        f"{row['leaves']:7,} {row['form']:19} {sides[0]:>32}   {sides[1]}   "
+        f"{row['lowered_faster']['median']:.2f}, {row['compiled_faster']['median']:.2f}"
+    )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks trace", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--short", action="store_true", help="20 leaves, two rounds, nothing kept")
-    short = parser.parse_args(argv).short
-    rows = []
+    options = parser("trace", __doc__, short="20 leaves, two rounds, nothing kept")
+    short = options.parse_args(argv).short
     for package in PACKAGES.values():
         measure(package, {}, [jnp.ones(64)])  # what Python imports and caches on the way is no one's time
-    print(f"{'leaves':>7} {'form':19}   trace + lower, compile, seconds: optax   ours          times faster")
-    for leaves, rounds in list(ROUNDS.items())[: 1 if short else None]:
-        for form in FORMS:
-            row = compare(form, leaves, rounds=2 if short else rounds)
-            rows.append(row)
-            cells = [
-                f"{side['trace'] + side['lower']:7.3f} {side['compile']:7.3f}"
-                for side in (row["optax"], row["ours"])
-            ]
-            print(
-                f"{leaves:7,} {form:19} {cells[0]:>32}   {cells[1]}   "
-                f"{row['lowered_faster']['median']:.2f}, {row['compiled_faster']['median']:.2f}",
-                flush=True,
-            )
+    cases = (
+        compare(form, leaves, rounds)
+        for leaves, rounds in ({20: 2} if short else ROUNDS).items()
+        for form in FEW_FORMS
+    )
+    heading = (
+        f"{'leaves':>7} {'form':19}   trace + lower, compile, seconds: optax   ours          times faster"
+    )
+    rows = printed(heading, cases, line)
     if not short:
-        print(save("trace", {"environment": environment(), "rows": rows}))
-        draw(rows, result("trace", ".png"))
+        keep("trace", {"rows": rows})
+        save_picture("trace", draw(rows))

@@ -5,16 +5,14 @@ share is what a step takes beyond one that stops at the gradients, of the whole 
 the floor: it reads gradients and parameters and writes parameters.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import optax
 
 import rmsprop_jax
-from benchmarks.side_by_side import alternate, environment, installed, milliseconds, ratio, save
+from benchmarks._frame import example, installed, keep, markdown, parser, printed, spread
+from benchmarks._steps import Step, size
+from benchmarks.side_by_side import alternate, milliseconds, ratio
 
 ALPHABET, WINDOW = 100, 64
 OPTIMIZERS = {
@@ -27,10 +25,7 @@ OPTIMIZERS = {
 def recurrent(scale):
     from flax import nnx
 
-    sys.path.append(str(Path(__file__).parents[1] / "examples"))
-    from char_rnn import CharRNN
-
-    model = CharRNN(ALPHABET, 256 // scale, nnx.Rngs(0))
+    model = example("char_rnn").CharRNN(ALPHABET, 256 // scale, nnx.Rngs(0))
     return model, lambda model, tokens: model(tokens)[0]
 
 
@@ -70,27 +65,21 @@ def transformer(scale):
 NETWORKS = {"recurrent network": (recurrent, 32), "transformer": (transformer, 8)}  # and windows in a batch
 
 
-class Step:
-    """A compiled training step with its own donated buffers; without an optimizer, of gradients."""
+def training_step(tx, loss, params, tokens):
+    """Forward, backward and update; without an optimizer, it stops at the gradients."""
 
-    def __init__(self, tx, loss, params, tokens):
-        def step(kept, tokens):
-            params, state = kept if tx is not None else (kept[0], None)
-            value, grads = jax.value_and_grad(loss)(params, tokens)
-            if tx is None:
-                return (params, grads), value
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), value
+    def step(kept, tokens):
+        params, state = kept
+        value, grads = jax.value_and_grad(loss)(params, tokens)
+        if tx is None:
+            return (params, grads), value
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
 
-        # Without an optimizer the gradients of the step before are what the new ones are written into.
-        params = jax.tree.map(jnp.copy, params)
-        self.kept = params, jax.tree.map(jnp.zeros_like, params) if tx is None else tx.init(params)
-        jitted = jax.jit(step, donate_argnums=0, keep_unused=True)
-        self.tokens, self.compiled = tokens, jitted.lower(self.kept, tokens).compile()
-
-    def __call__(self):
-        self.kept, value = self.compiled(self.kept, self.tokens)
-        return self.kept, value
+    # Without an optimizer the gradients of the step before are what the new ones are written into.
+    params = jax.tree.map(jnp.copy, params)
+    state = jax.tree.map(jnp.zeros_like, params) if tx is None else tx.init(params)
+    return Step(step, (params, state), tokens)
 
 
 def compare(network, rounds, scale):
@@ -105,18 +94,17 @@ def compare(network, rounds, scale):
         found = logits(nnx.merge(definition, params, others), tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(found, tokens[:, 1:]).mean()
 
-    sides = {"none": Step(None, loss, params, tokens)}
-    sides |= {name: Step(make(), loss, params, tokens) for name, make in OPTIMIZERS.items()}
+    sides = {"none": training_step(None, loss, params, tokens)}
+    sides |= {name: training_step(make(), loss, params, tokens) for name, make in OPTIMIZERS.items()}
     seconds = alternate(sides, rounds)
-    leaves = jax.tree.leaves(params)
     beyond = {
         name: [1 - without / step for step, without in zip(seconds[name], seconds["none"], strict=True)]
         for name in OPTIMIZERS
     }
     return {
         "network": network,
-        "parameters": sum(leaf.size for leaf in leaves),
-        "leaves": len(leaves),
+        "parameters": size(params),
+        "leaves": len(jax.tree.leaves(params)),
         "milliseconds": {name: milliseconds(times) for name, times in seconds.items()},
         "share": {name: ratio(some, [1.0] * len(some)) for name, some in beyond.items()},
         "ratio": ratio(seconds["ours"], seconds["optax"]),
@@ -124,38 +112,32 @@ def compare(network, rounds, scale):
 
 
 def table(data):
-    lines = [
-        "| network | gradients alone | share of SGD | of `optax.rmsprop` | of `rmsprop` "
-        "| whole step, ratio to Optax |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ["network", "gradients alone", "share of SGD", "of `optax.rmsprop`", "of `rmsprop`"]
+    rows = []
     for row in data["rows"]:
-        shares = [f"{row['share'][name]['median']:.1%}" for name in OPTIMIZERS]
-        r = row["ratio"]
-        lines.append(
-            f"| {row['network']}, {row['parameters'] / 1e6:.2f} million "
-            f"| {row['milliseconds']['none']:.1f} ms | "
-            + " | ".join(shares)
-            + f" | {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}) |"
-        )
-    return "\n".join(lines)
+        network = f"{row['network']}, {row['parameters'] / 1e6:.2f} million"
+        alone = f"{row['milliseconds']['none']:.1f} ms"
+        rows.append((network, alone, *shares(row), spread(row["ratio"])))
+    return markdown([*columns, "whole step, ratio to Optax"], rows)
+
+
+def shares(row):
+    return [f"{row['share'][name]['median']:.1%}" for name in OPTIMIZERS]
+
+
+def line(row):
+    times = " ".join(f"{ms:8.2f}" for ms in row["milliseconds"].values())
+    return f"{row['network']:19} {times}   {', '.join(shares(row))}"
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks train", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--short", action="store_true", help="narrow networks, a few rounds, nothing kept")
-    short = parser.parse_args(argv).short
-    if "flax" not in installed("flax"):
+    options = parser("train", __doc__, short="narrow networks, a few rounds, nothing kept")
+    short = options.parse_args(argv).short
+    if not installed("flax"):
         print("Not measured: Flax is not installed.")
         return
     rounds, scale = (3, 8) if short else (150, 1)
-    rows = []
-    print(f"{'':19} {'none ms':>8} {'sgd':>8} {'optax':>8} {'ours':>8}   share: sgd, optax, ours")
-    for network in NETWORKS:
-        row = compare(network, rounds, scale)
-        rows.append(row)
-        shares = ", ".join(f"{row['share'][name]['median']:.1%}" for name in OPTIMIZERS)
-        times = " ".join(f"{ms:8.2f}" for ms in row["milliseconds"].values())
-        print(f"{network:19} {times}   {shares}", flush=True)
+    heading = f"{'':19} {'none ms':>8} {'sgd':>8} {'optax':>8} {'ours':>8}   share: sgd, optax, ours"
+    rows = printed(heading, (compare(network, rounds, scale) for network in NETWORKS), line)
     if not short:
-        print(save("train", {"environment": environment("flax"), "rounds": rounds, "rows": rows}))
+        keep("train", {"rounds": rounds, "rows": rows}, "flax")

@@ -15,17 +15,18 @@ from flax import nnx
 
 def open_checkpoints(directory, resume):
     """The manager of the checkpoints in `directory`, and the last one's step: 0 unless `resume`."""
+    none = f"--resume: no checkpoint in {directory}. Start without --resume, or check --out."
     if not resume:
         shutil.rmtree(directory, ignore_errors=True)
     elif not directory.is_dir():
-        sys.exit(f"--resume: no checkpoint in {directory}. Start without --resume, or check --out.")
+        sys.exit(none)
     # Saved in place rather than in the background: it takes milliseconds, and the buffers are donated.
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
     )
     manager = ocp.CheckpointManager(directory.absolute(), options=options)
     if resume and manager.latest_step() is None:
-        sys.exit(f"--resume: no checkpoint in {directory}. Start without --resume, or check --out.")
+        sys.exit(none)
     return manager, manager.latest_step() or 0
 
 
@@ -40,13 +41,26 @@ def save(manager, step, model, optimizer, settings, history):
 def restore(manager, step, model, optimizer, settings):
     """Fills model and optimizer from the checkpoint and returns its history."""
     about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-    for name, value in settings.items():
-        if (saved := about["settings"].get(name)) != value:
-            sys.exit(f"--resume: the checkpoint's {name} is {saved!r}, this run's is {value!r}.")
+    if message := misfit(about["settings"], settings):
+        sys.exit(message)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.state((model, optimizer)))
     args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
     nnx.update((model, optimizer), manager.restore(step, args=args).state)
     return about["history"]
+
+
+def settings_of(args, text):
+    """What a run's numbers follow from: a checkpoint is continued by a run with the same ones only."""
+    names = ("steps", "every", "width", "batch", "window", "learning_rate", "decay", "seed")
+    return {name: getattr(args, name) for name in names} | {"text": text.digest}
+
+
+def misfit(saved, settings):
+    """Says which of a checkpoint's settings is another one in this run; None when they are the same."""
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            return f"--resume: the checkpoint's {name} is {saved.get(name)!r}, this run's is {value!r}."
+    return None
 
 
 @contextlib.contextmanager

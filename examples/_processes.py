@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import jax
 from _checkpoints import signals_collected
 
 # Exit statuses that need no comment: of a process that has said what is wrong, as argparse does, and of one
@@ -77,3 +78,28 @@ def part_of_run(parent):
     # Gloo, which connects CPUs, reports to file descriptor 1 behind Python's back.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def join(address, count, index, parent, devices):
+    """Makes this process number `index` of `count` that `parent` has started, with simulated devices."""
+    part_of_run(int(parent))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.distributed.initialize(
+        address,
+        int(count),
+        int(index),
+        cluster_detection_method="deactivate",
+        coordinator_bind_address=address,
+    )
+
+
+def joined_by_launcher():
+    """Whether a launcher has started this process as one of several, which JAX has then joined."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address" in str(error):
+            return False
+        raise
+    return True

@@ -14,19 +14,18 @@ after the character before it (bigram). Both are counted on the training text, a
 second picture shows what the optimizer did to each layer; `diagnostics.advise` says what it sees in it.
 """
 
-import argparse
 import json
 import math
 import signal
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _checkpoints import open_checkpoints, restore, save, signals_collected
+from _checkpoints import open_checkpoints, restore, save, settings_of, signals_collected
+from _options import at_least, decay, parser_for_text, positive
 from _pictures import draw_comparison, draw_run, final
 from _text import read_text
 from flax import nnx
@@ -55,7 +54,7 @@ class CharRNN(nnx.Module):
 def optimizer_for(args, model):
     """The optimizer, and its learning rate at every step."""
     schedule = warmup(optax.cosine_decay_schedule(args.learning_rate, args.steps), decay=args.decay)
-    rms = diagnostics.watch(rmsprop(schedule, decay=args.decay), every=10, decay=args.decay)
+    rms = diagnostics.watch(rmsprop(schedule, decay=args.decay), every=10)
     tx = optax.chain(optax.clip_by_global_norm(1.0), rms)
     return nnx.Optimizer(model, tx, wrt=nnx.Param), np.asarray(jax.jit(schedule)(jnp.arange(args.steps)))
 
@@ -110,8 +109,7 @@ def train(args):
     key = jax.random.key(args.seed)
     train_text, valid_rows = jnp.asarray(text.train), in_rows(text.valid)
 
-    names = ("steps", "width", "batch", "window", "learning_rate", "decay", "seed", "every")
-    settings = {name: getattr(args, name) for name in names} | {"text": text.digest}
+    settings = settings_of(args, text)
     manager, start = open_checkpoints(args.out / "checkpoints", args.resume)
     history = {"train": [], "valid": [], "seconds": 0.0}
     if args.resume:
@@ -229,28 +227,19 @@ def compare(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Trains a character-level GRU with rmsprop.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parser_for_text(__doc__, "char_rnn", "folder for checkpoints and pictures", width=256)
     add = parser.add_argument
-    add("--text", type=Path, help="file to learn from, UTF-8; None: Python's documentation")
-    add("--out", type=Path, default=Path("runs/char_rnn"), help="folder for checkpoints and pictures")
-    add("--resume", action="store_true", help="continue the run in --out; without it a new one replaces it")
     add(
         "--compare",
         action="store_true",
         help="five optimizers, four learning rates each: six to eight minutes",
     )
-    add("--steps", type=positive(int), help="updates; None: 2500, or 250 each with --compare")
-    add("--every", type=positive(int), help="steps between checkpoints; None: 100, or 25 with --compare")
-    add("--learning-rate", type=positive(float), default=5e-3, help="its peak, after the warm-up")
+    add("--steps", type=at_least(1), help="updates; None: 2500, or 250 each with --compare")
+    add("--every", type=at_least(1), help="steps between checkpoints; None: 100, or 25 with --compare")
     add("--decay", type=decay, help="of the accumulator, in [0, 1); None: 0.99, or 0.95 with --compare")
-    add("--width", type=positive(int), default=256, help="of the embedding and of the GRU")
-    add("--batch", type=positive(int), default=32, help="windows per update")
-    add("--window", type=positive(int), default=64, help="characters the gradient reaches back")
-    add("--sample", type=positive(int), default=800, help="characters to write at the end")
-    add("--temperature", type=positive(float), default=0.7, help="of what is written: lower is safer")
+    add("--batch", type=at_least(1), default=32, help="windows per update")
+    add("--sample", type=at_least(1), default=800, help="characters to write at the end")
+    add("--temperature", type=positive, default=0.7, help="of what is written: lower is safer")
     add("--seed", type=int, default=0, help="of the parameters, the batches and the sample")
     args = parser.parse_args(argv)
     if args.compare and args.resume:
@@ -261,24 +250,6 @@ def main(argv=None):
     args.every = args.every or (25 if args.compare else 100)
     args.out.mkdir(parents=True, exist_ok=True)
     (compare if args.compare else train)(args)
-
-
-def decay(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"decay={value} is not in [0, 1)")
-    return value
-
-
-def positive(kind):
-    def parse(text):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
 
 
 if __name__ == "__main__":

@@ -36,17 +36,18 @@ import sys
 import time
 import traceback
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _checkpoints import misfit, settings_of
+from _options import at_least, decay, parser_for_text
 from _pictures import draw_references, save_figure
-from _processes import SAID_WHY, STOPPED, free_address, part_of_run, run_together
+from _processes import SAID_WHY, STOPPED, free_address, join, joined_by_launcher, run_together
 from _sharded_checkpoints import fingerprints, open_manager, restore, save
 from _text import read_text
-from char_rnn import CharRNN, cross_entropy, decay, in_rows, positive
+from char_rnn import CharRNN, cross_entropy, in_rows
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -111,8 +112,7 @@ def train(args):
         updates, opt_state = tx.update(gradients, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
-    names = ("steps", "every", "width", "batch", "window", "learning_rate", "decay", "seed")
-    settings = {name: getattr(args, name) for name in names} | {"text": text.digest}
+    settings = settings_of(args, text)
     directory = (args.out / "checkpoints").absolute()
     state, start, history = begin(directory, args.resume, init, layout, settings)
     manager = open_manager(directory)
@@ -165,9 +165,8 @@ def begin(directory, resume, init, layout, settings):
         return jax.jit(init, out_shardings=layout)(), 0, {"train": [], "valid": [], "seconds": 0.0}
 
     def check(about):
-        for name, value in settings.items():
-            if (saved := about["settings"].get(name)) != value:
-                give_up(f"--resume: the checkpoint's {name} is {saved!r}, this run's is {value!r}.")
+        if message := misfit(about["settings"], settings):
+            give_up(message)
 
     shapes = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), layout
@@ -245,51 +244,21 @@ def draw(path, text, history, total, held):
 # The processes ------------------------------------------------------------------------------------------
 
 
-def joined_by_launcher():
-    """Whether a launcher has started this process as one of several, which JAX has then joined."""
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        if "coordinator_address" in str(error):
-            return False
-        raise
-    return True
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        description="Trains a character-level GRU on several devices and processes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = parser_for_text(__doc__, "multi_process", "folder for checkpoints and the picture", width=128)
     add = parser.add_argument
-    add("--processes", type=positive(int), help="on this machine; None: as the launcher says, or 2")
-    add("--devices", type=positive(int), default=4, help="simulated ones, in each process on this machine")
-    add("--text", type=Path, help="file to learn from, UTF-8; None: Python's documentation")
-    add("--out", type=Path, default=Path("runs/multi_process"), help="folder for checkpoints and the picture")
-    add("--resume", action="store_true", help="continue the run in --out; without it a new one replaces it")
-    add("--steps", type=positive(int), default=600, help="updates")
-    add("--every", type=positive(int), default=50, help="steps between checkpoints")
-    add("--learning-rate", type=positive(float), default=5e-3, help="its peak, after the warm-up")
+    add("--processes", type=at_least(1), help="on this machine; None: as the launcher says, or 2")
+    add("--devices", type=at_least(1), default=4, help="simulated ones, in each process on this machine")
+    add("--steps", type=at_least(1), default=600, help="updates")
+    add("--every", type=at_least(1), default=50, help="steps between checkpoints")
     add("--decay", type=decay, default=0.95, help="of the accumulator, in [0, 1)")
-    add("--width", type=positive(int), default=128, help="of the embedding and of the GRU")
-    add("--batch", type=positive(int), default=64, help="windows per update, on all devices together")
-    add("--window", type=positive(int), default=64, help="characters the gradient reaches back")
+    add("--batch", type=at_least(1), default=64, help="windows per update, on all devices together")
     add("--seed", type=int, default=0, help="of the parameters and the batches")
     add("--join", nargs=4, help=argparse.SUPPRESS)  # for the processes started here: see below
     args = parser.parse_args(argv)
     if args.join:
-        address, count, index, parent = args.join
-        part_of_run(int(parent))
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", args.devices)
-        jax.distributed.initialize(
-            address,
-            int(count),
-            int(index),
-            cluster_detection_method="deactivate",
-            coordinator_bind_address=address,
-        )
+        join(*args.join, args.devices)
     elif args.processes or not joined_by_launcher():
         count = args.processes or 2
         command = [sys.executable, __file__, *argv, "--join", free_address(), str(count)]

@@ -15,14 +15,13 @@ prints the first steps of this textbook case and draws three pictures in one fil
   what they are divided by vanishes too. Schedules that fall, as in char_rnn.py, are for this.
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _options import parser_for
 from matplotlib.figure import Figure
 
 from rmsprop_jax import rmsprop, scale_by_rms
@@ -135,10 +134,7 @@ def draw(path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="RMSProp with noisy gradients: a table and three pictures.")
-    default = Path("runs/noisy_gradients.png")
-    parser.add_argument("--out", type=Path, default=default, help=f"the picture (default: {default})")
-    args = parser.parse_args(argv)
+    args = parser_for(__doc__, "noisy_gradients.png").parse_args(argv)
     textbook_table()
     draw(args.out)
     print(f"\nThe picture is {args.out}")

@@ -5,14 +5,14 @@ rate that changes with every step. At half time its weights and its optimizer's 
 Flax NNX with `rmsprop_jax.interop`; from then on both go on, on the same batches, and their losses are
 compared. A third run, for comparison, takes the weights over and starts with new accumulators.
 
-    python examples/resume_from_torch.py            (needs PyTorch: pip install torch)
+    python examples/resume_from_torch.py            (needs PyTorch: make peers)
 
 Ends with runs/resume_from_torch/losses.png, and prints the largest difference between the two losses.
 """
 
-import argparse
+import importlib.util
 import math
-from pathlib import Path
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import torch
+from _options import parser_for
 from flax import nnx
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -33,21 +33,26 @@ SETTINGS = {"alpha": 0.99, "eps": 1e-3, "momentum": 0.9}
 
 # PyTorch's names, the paths in Flax, and the axes: (out, in, height, width) to (height, width, in, out).
 NAMES = {
-    "conv.weight": ("conv/kernel/value", (2, 3, 1, 0)),
-    "conv.bias": "conv/bias/value",
-    "linear.weight": ("linear/kernel/value", (1, 0)),
-    "linear.bias": "linear/bias/value",
+    "conv.weight": ("conv/kernel", (2, 3, 1, 0)),
+    "conv.bias": "conv/bias",
+    "linear.weight": ("linear/kernel", (1, 0)),
+    "linear.bias": "linear/bias",
 }
 
 
-class TorchNet(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(1, 64, 3, padding=1)
-        self.linear = torch.nn.Linear(64, 10)
+def torch_net():
+    import torch  # not above: --help is for those, too, who have yet to install it
 
-    def forward(self, x):  # (batch, 1, 8, 8)
-        return self.linear(torch.relu(self.conv(x)).amax((2, 3)))
+    class TorchNet(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(1, 64, 3, padding=1)
+            self.linear = torch.nn.Linear(64, 10)
+
+        def forward(self, x):  # (batch, 1, 8, 8)
+            return self.linear(torch.relu(self.conv(x)).amax((2, 3)))
+
+    return TorchNet()
 
 
 class FlaxNet(nnx.Module):
@@ -59,7 +64,10 @@ class FlaxNet(nnx.Module):
         return self.linear(nnx.relu(self.conv(x)).max((1, 2)))
 
 
-def main(steps=600, folder="runs/resume_from_torch"):
+def compare(steps, folder):
+    """Each run's difference from PyTorch's loss, step for step from half time on."""
+    import torch
+
     half = steps // 2
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
@@ -71,7 +79,7 @@ def main(steps=600, folder="runs/resume_from_torch"):
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the network is small
-    model = TorchNet()
+    model = torch_net()
     optimizer = torch.optim.RMSprop(model.parameters(), lr=1.0, **SETTINGS)
 
     def torch_step(t):
@@ -87,7 +95,7 @@ def main(steps=600, folder="runs/resume_from_torch"):
 
     # Carry over: the weights, and the optimizer's state.
     graph, params = nnx.split(FlaxNet(nnx.Rngs(0)))
-    params = interop.weights(model.state_dict(), params, NAMES)
+    params = interop.params_from(model.state_dict(), params, NAMES)
     tx = conventions.torch(learning_rate, **SETTINGS)
     order = [name for name, _ in model.named_parameters()]
     state = interop.from_torch(optimizer.state_dict(), tx.init(params), params, NAMES, order=order)
@@ -114,7 +122,7 @@ def main(steps=600, folder="runs/resume_from_torch"):
             losses[name].append(float(loss))
 
     difference = {name: np.abs(np.subtract(path, torch_losses[half:])) for name, path in losses.items()}
-    picture = Path(folder) / "losses.png"
+    picture = folder / "losses.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw(torch_losses, losses, difference, picture)
     print(f"Largest difference from PyTorch's loss over {steps - half} further steps:")
@@ -142,8 +150,14 @@ def draw(torch_losses, losses, difference, path):
     plt.close(figure)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv=None):
+    parser = parser_for(__doc__, "resume_from_torch", help="where the picture goes", option="--folder")
     parser.add_argument("--steps", type=int, default=600, help="in all, half of them before the carry-over")
-    parser.add_argument("--folder", default="runs/resume_from_torch", help="where the picture goes")
-    main(**vars(parser.parse_args()))
+    args = parser.parse_args(argv)
+    if importlib.util.find_spec("torch") is None:
+        sys.exit("PyTorch is not installed. `make peers` installs it.")
+    return compare(args.steps, args.folder)
+
+
+if __name__ == "__main__":
+    main()

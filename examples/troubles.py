@@ -12,15 +12,14 @@ Three runs of a small convolutional network on scikit-learn's digits, each broke
 and the run that follows the advice is drawn beside the broken one, with the figure that told.
 """
 
-import argparse
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _options import parser_for
 from _pictures import save_figure
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
@@ -96,7 +95,7 @@ def train(params, state, images, labels, start, setting, steps):
 def optimizer(setting):
     rate = setting.learning_rate
     tx = rmsprop(warmup(rate, setting.decay) if setting.warm_up else rate, setting.decay)
-    return diagnostics.watch(tx, every=5, decay=setting.decay)
+    return diagnostics.watch(tx, every=5)
 
 
 def run(setting, steps, data, bar, chunk=50):
@@ -129,10 +128,8 @@ def draw(path, runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Three broken runs, what advise says, and the mended ones.")
-    default = Path("runs/troubles.png")
-    parser.add_argument("--out", type=Path, default=default, help=f"the picture (default: {default})")
-    parser.add_argument("--steps", type=int, default=600, help="of each run (default: 600)")
+    parser = parser_for(__doc__, "troubles.png")
+    parser.add_argument("--steps", type=int, default=600, help="of each run")
     args = parser.parse_args(argv)
     images, labels = load_digits(return_X_y=True)
     data = jnp.asarray(images.reshape(-1, 8, 8, 1) / 8 - 1, jnp.float32), jnp.asarray(labels)

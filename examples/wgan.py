@@ -31,7 +31,7 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
-from tqdm import trange
+from tqdm import tqdm
 
 from rmsprop_jax import conventions
 
@@ -162,12 +162,13 @@ def main(argv=None):
         return done, points, distance(points, others)
 
     history, gaps = [look(0)], []
-    progress = trange(20, unit=f"{chunk} updates")
-    for i in progress:
-        carry, values = scan(carry, jax.random.split(jax.random.fold_in(key_run, i), chunk))
-        gaps.append(np.asarray(values))
-        history.append(look((i + 1) * chunk))
-        progress.set_postfix({"distance": f"{history[-1][2]:.3f}"})
+    with tqdm(total=20 * chunk, unit=" updates") as bar:
+        for i in range(20):
+            carry, values = scan(carry, jax.random.split(jax.random.fold_in(key_run, i), chunk))
+            gaps.append(np.asarray(values))
+            history.append(look((i + 1) * chunk))
+            bar.set_postfix({"distance": f"{history[-1][2]:.3f}"}, refresh=False)
+            bar.update(chunk)
     on_them = shares(history[-1][1])
     print("share of the points on each Gaussian, a fair one 12.5%:", *(f"{share:.1%}" for share in on_them))
     before, after = history[0][2], history[-1][2]

@@ -16,7 +16,14 @@ def wide(dtype: jax.typing.DTypeLike) -> np.dtype:
 
 def dtype_of(leaf: jax.typing.ArrayLike) -> np.dtype:
     """The dtype that JAX gives a leaf: an array, a `jax.ShapeDtypeStruct` or a Python number."""
-    return jax.dtypes.canonicalize_dtype(leaf.dtype) if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if not hasattr(leaf, "dtype"):
+        return jnp.result_type(leaf)
+    return jax.dtypes.canonicalize_dtype(leaf.dtype) if isinstance(leaf.dtype, np.dtype) else leaf.dtype
+
+
+def is_array_like(leaf: object) -> bool:
+    """Whether a leaf has a dtype: no string, no function, but a `jax.ShapeDtypeStruct` or a Python number."""
+    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
 
 
 def real(dtype: jax.typing.DTypeLike) -> np.dtype:

@@ -81,5 +81,24 @@ def _tree_mismatch(grads, nu):
     names, expected = set(named_leaves(grads, is_none)), set(named_leaves(nu))
     differences = {"lack": sorted(expected - names), "add": sorted(names - expected)}
     parts = [f"{what} {', '.join(map(repr, some))}" for what, some in differences.items() if some]
-    detail = " and ".join(parts) or f"are {jax.tree.structure(grads)}, expected {jax.tree.structure(nu)}"
-    return f"The gradients' tree does not fit the state: they {detail}."
+    return (
+        f"The gradients' tree does not fit the state: they {' and '.join(parts) or _other_type(grads, nu)}."
+    )
+
+
+def _other_type(grads, nu, path=()):
+    """Where the names are the same: the first node of another type, such as a FrozenDict for a dict."""
+    if type(grads) is not type(nu):
+        place = f" at {leaf_name(path)!r}" if path else ""
+        hint = (
+            ", flax.core.unfreeze makes one of the other"
+            if "FrozenDict" in f"{type(grads)}{type(nu)}"
+            else ""
+        )
+        return f"are a {type(grads).__name__}{place}, the state has a {type(nu).__name__}{hint}"
+    children = (
+        jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x, tree=tree: x is not tree)
+        for tree in (grads, nu)
+    )
+    found = (_other_type(g, n, path + key) for (key, g), (_, n) in zip(*children, strict=True))
+    return next(filter(None, found), None)

@@ -23,6 +23,8 @@ def chain(*parts):
     inner = optax.chain(*parts)
 
     def update_fn(updates, state, params=None, **extra_args):
+        if not (isinstance(state, tuple) and len(state) == len(parts)):
+            raise ValueError(refusal(state))
         dtypes = jax.tree.map(dtype_of, updates)
         with jax.numpy_dtype_promotion("standard"):  # Optax's parts rely on it
             updates, state = inner.update(widen(updates), state, params, **extra_args)

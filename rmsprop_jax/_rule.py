@@ -52,7 +52,8 @@ class Settings:
 
     def tree_flatten(self):
         arrays = {name: x for name in ("decay", "eps") if not isinstance(x := getattr(self, name), float)}
-        return tuple(arrays.values()), (tuple(arrays), replace(self, **dict.fromkeys(arrays)))
+        rest = replace(self, **dict.fromkeys(arrays))  # type: ignore[arg-type]  # None: not here, but a leaf
+        return tuple(arrays.values()), (tuple(arrays), rest)
 
     @classmethod
     def tree_unflatten(cls, structure, arrays):

@@ -27,7 +27,7 @@ A state says which accumulator its codes are of, by their dtype or, where that d
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,8 @@ import optax
 from rmsprop_jax import rounding
 from rmsprop_jax._dtypes import dtype_of
 from rmsprop_jax._states import is_ours, map_rms_states
+
+__all__ = ["NAMED", "Accumulator", "Bfloat16", "Uint8", "convert"]
 
 
 def convert(
@@ -109,12 +111,13 @@ def encoded(
 
 
 @cache
-def dtype_of_codes(accumulator: "Accumulator") -> np.dtype:
+def dtype_of_codes(accumulator: Any) -> np.dtype:
     """The dtype in which an accumulator stores."""
     scalars = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.uint32))
     return jax.eval_shape(accumulator.encode, *scalars).dtype
 
 
+@runtime_checkable
 class Accumulator(Protocol):
     """How non-negative float32 numbers are stored between updates.
 
@@ -128,6 +131,9 @@ class Accumulator(Protocol):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Numbers, float32."""
+
+    def __hash__(self) -> int:
+        """Of equal ones the same: they share their compiled code."""
 
 
 @dataclass(frozen=True)
@@ -217,24 +223,26 @@ def named(accumulator: str | Accumulator) -> Accumulator | None:
     """
     if isinstance(accumulator, str) and accumulator in NAMED:
         return NAMED[accumulator]
-    methods = (getattr(accumulator, name, None) for name in ("encode", "decode"))
-    if isinstance(accumulator, str | type) or not all(map(callable, methods)):
+    if isinstance(accumulator, str | type) or not isinstance(accumulator, Accumulator):
         names = ", ".join(map(repr, NAMED))
         raise ValueError(
-            f"Invalid accumulator: {accumulator=}, expected {names}, as a string, or an object with the "
-            "methods of rmsprop_jax.accumulators.Accumulator."
+            f"Invalid accumulator: {accumulator=}, expected {names}, as a string, or a hashable object "
+            "with the methods of rmsprop_jax.accumulators.Accumulator."
         )
     return accumulator
 
 
 def unnamed(accumulator: Accumulator | None) -> Accumulator | None:
     """The accumulator, as a state has to say it; None for one that the dtype of its codes tells."""
-    return None if isinstance(title(accumulator), str) else accumulator
+    if accumulator is None or NAMED.get(dtype_of_codes(accumulator).name) == accumulator:
+        return None
+    return accumulator
 
 
 def title(accumulator: Accumulator | None) -> "str | Accumulator":
     """What to write for `accumulator=`: its name or, where it has none, itself."""
-    return next((name for name, other in NAMED.items() if other == accumulator), accumulator)
+    names = (name for name, other in NAMED.items() if other == accumulator)
+    return next(names, accumulator)  # type: ignore[return-value]  # None has a name
 
 
 def is_stored_by(nu: jax.Array, found: Accumulator | None, expected: Accumulator | None) -> bool:

@@ -38,6 +38,20 @@ from rmsprop_jax._parts import chain, decayed_weights
 from rmsprop_jax.optimizer import rmsprop
 from rmsprop_jax.transform import Transformation
 
+__all__ = [
+    "dqn",
+    "graves",
+    "hinton",
+    "keras",
+    "mlx",
+    "mxnet",
+    "sonnet",
+    "stable_baselines3",
+    "tensorflow",
+    "timm",
+    "torch",
+]
+
 
 def hinton(
     learning_rate: optax.ScalarOrSchedule = 1e-3,

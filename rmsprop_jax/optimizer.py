@@ -16,6 +16,8 @@ from rmsprop_jax import _checks, accumulators
 from rmsprop_jax._parts import chain, counted, decayed_weights, trace
 from rmsprop_jax.transform import Transformation, scale_by_rms
 
+__all__ = ["rmsprop"]
+
 
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule,

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["random_thresholds", "thresholds", "to_dtype"]
+
 # 2^32 times a fraction whose multiples fill [0, 1) evenly. Multiples of the golden ratio are spread most
 # evenly, but 8 steps nearly return to the start. This constant has no near-return at lags 2 to 16, periods
 # that gradients are likely to have.

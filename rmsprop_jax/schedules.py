@@ -12,6 +12,8 @@ import optax
 
 from rmsprop_jax import _checks
 
+__all__ = ["warmup"]
+
 
 def warmup(
     learning_rate: optax.ScalarOrSchedule, decay: float = 0.9, steps: int | None = None

@@ -44,6 +44,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rmsprop_jax._leaves import leaf_name
 
+__all__ = ["state_sharding"]
+
 
 def state_sharding(
     tx: optax.GradientTransformation,

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax import _checks, accumulators
-from rmsprop_jax._dtypes import dtype_of, full_like, real, wide
+from rmsprop_jax._dtypes import dtype_of, full_like, is_array_like, real, wide
+from rmsprop_jax._export import register_optax_states
 from rmsprop_jax._leaves import flatten_matching, leaf_name, leaf_numbers
 from rmsprop_jax._rule import Settings, rule
 from rmsprop_jax._states import ScaleByRmsState, is_ours, refusal
+
+__all__ = ["Transformation", "scale_by_rms"]
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
@@ -109,6 +112,7 @@ def scale_by_rms(
     codec = settings.accumulator
 
     def init_fn(params):
+        register_optax_states()
         dtypes = jax.tree_util.tree_map_with_path(_accumulator_dtype, params)
         nu = jax.tree.map(lambda p, dtype: full_like(p, initial_scale, real(dtype)), params, dtypes)
         if codec is not None:
@@ -169,6 +173,11 @@ def flatten_as_stored(grads, state, settings):
 
 
 def _accumulator_dtype(path, param):
+    if not is_array_like(param):
+        raise ValueError(
+            f"Parameter {leaf_name(path)!r} is {param!r}, expected an array. "
+            "eqx.filter(model, eqx.is_inexact_array) or optax.masked leave such leaves out."
+        )
     dtype = dtype_of(param)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise ValueError(

@@ -13,7 +13,10 @@ import optax
 from rmsprop_jax import rounding
 from rmsprop_jax._dtypes import dtype_of, narrow, wide
 from rmsprop_jax._leaves import is_none, leaf_name
-from rmsprop_jax._row_gradient import in_range, is_row_gradient
+from rmsprop_jax._row_gradient import add as add_rows
+from rmsprop_jax._row_gradient import is_row_gradient, put, take
+
+__all__ = ["apply_updates"]
 
 
 def apply_updates(
@@ -112,11 +115,11 @@ def _broadcasts(small, large):
 
 def _add_rows(p, u, where):
     if wide(p.dtype) == p.dtype:
-        return p.at[in_range(u.indices, u.num_rows)].add(u.values.astype(p.dtype), mode="drop")
+        return add_rows(p, u.indices, u.values)
     # Added up in float32 and rounded once, as for a dense update.
     u = u.summed()
-    rows = p.at[u.indices].get(mode="fill", fill_value=0) + u.values
-    return p.at[u.indices].set(_rounded(rows, p.dtype, where), mode="drop")
+    rows = take(p, u.indices).astype(u.dtype) + u.values
+    return put(p, u.indices, _rounded(rows, p.dtype, where))
 
 
 def _rounded(x, dtype, where):

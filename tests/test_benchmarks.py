@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from benchmarks import bandwidth, readme, scale, side_by_side, step, torch_side
+from benchmarks import _frame, bandwidth, readme, scale, side_by_side, step, torch_side
 
 # The quick ones: `python -m benchmarks` runs all, in three minutes.
 SHORT = {  # a benchmark, and how the lines that it is to print begin
@@ -22,7 +22,7 @@ ROWS = {"eager": 3, "scale": 8, "trace": 3}
 
 
 def kept():
-    return {path: path.stat().st_mtime_ns for path in side_by_side.RESULTS.iterdir()}
+    return {path: path.stat().st_mtime_ns for path in _frame.RESULTS.iterdir()}
 
 
 @pytest.mark.slow
@@ -39,7 +39,7 @@ def test_a_short_run_prints_every_row_and_keeps_nothing(name, capsys):
 
 @pytest.mark.parametrize("name", ["eager", "scale", "step", "trace", "train"])
 def test_tables_have_a_cell_for_every_column(name):
-    data = json.loads((side_by_side.RESULTS / f"{name}.json").read_text())
+    data = json.loads((_frame.RESULTS / f"{name}.json").read_text())
     module = importlib.import_module(f"benchmarks.{name}")
     for text in (module.table(data), getattr(module, "report", module.table)(data)):
         for block in re.split(r"\n(?!\|)", text):

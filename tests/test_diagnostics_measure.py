@@ -92,7 +92,7 @@ def test_measure_follows_its_formulas(form, dtype):
             "eps_share": np.mean(by_eps[g != 0]) if np.any(g != 0) else 0,
             "stuck_share": 0.0,
             "nonfinite_share": 0.0,
-            "warmth": 1 - decay**3,
+            "bias_correction_factor": 1 - decay**3,
             "noise_to_signal": np.nan if mu is None else np.sqrt(nu.mean()) / rms(mu),
             "descent": -np.sum(g * u),
         }
@@ -198,7 +198,7 @@ def test_it_finds_the_accumulators_in_any_chain():
     )
     updates, state = tx.update(grads, tx.init(params), params)
     measured = diagnostics.measure(optax.tree.clip(grads, -1, 1), state, updates, params, decay=0.99)
-    assert sorted(measured.warmth) == ["dense/bias", "dense/kernel"]
+    assert sorted(measured.bias_correction_factor) == ["dense/bias", "dense/kernel"]
     assert measured.learning_rate["dense/kernel"] == pytest.approx(0.1, rel=1e-5)
     assert measured.learning_rate["dense/bias"] == pytest.approx(0.01, rel=1e-5)
 
@@ -207,7 +207,7 @@ def test_the_tree_may_be_one_array():
     measured = diagnostics.measure(
         *(lambda tx, p: (p, *tx.update(p, tx.init(p), p)[::-1], p))(rmsprop(0.1), jnp.ones(3)), decay=0.9
     )
-    assert list(measured.warmth) == ["(the whole tree)"]
+    assert list(measured.bias_correction_factor) == ["(the whole tree)"]
 
 
 def test_measure_in_jit_and_scan_is_as_outside():
@@ -248,7 +248,7 @@ def test_measure_in_jit_and_scan_is_as_outside():
         ),
         (
             {"updates": {**tree()[0], "gain": rows.RowGradient(jnp.zeros(1, int), jnp.ones((1, 2)), 3)}},
-            "Invalid updates: layer 'gain' is by rows",
+            "Invalid updates: layer 'gain' is row-sparse",
         ),
     ],
 )

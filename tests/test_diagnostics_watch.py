@@ -35,7 +35,9 @@ def test_watch_changes_no_update_and_measures_what_measure_does():
     chex.assert_trees_all_equal((params, updates), (seen_params, seen_updates))
     history = diagnostics.history(state)
     np.testing.assert_array_equal(history.step, [1, 5, 9])
-    np.testing.assert_allclose(history.warmth["w"], 1 - 0.99 ** np.array([1, 5, 9]), rtol=1e-5)
+    np.testing.assert_allclose(
+        history.bias_correction_factor["w"], 1 - 0.99 ** np.array([1, 5, 9]), rtol=1e-5
+    )
 
     p, s = {"w": jnp.arange(1.0, 4.0), "b": jnp.ones(())}, tx.init(params)
     grads = jax.tree.map(lambda x: 2 * x, p)
@@ -53,7 +55,7 @@ def test_a_long_run_is_spanned_evenly_by_few_measurements(steps):
     (stride,) = {*np.diff(history.step)}
     np.testing.assert_array_equal(history.step, np.arange(1, steps + 1, stride)[: len(history.step)])
     assert steps - history.step[-1] < stride + 1
-    assert history.warmth["b"] == pytest.approx(1 - 0.9**history.step, rel=1e-5)
+    assert history.bias_correction_factor["b"] == pytest.approx(1 - 0.9**history.step, rel=1e-5)
 
 
 def test_watch_around_optax_and_around_chains():
@@ -62,7 +64,7 @@ def test_watch_around_optax_and_around_chains():
     _, state, _ = train_quadratic(tx, 5)
     history = diagnostics.history(state)
     np.testing.assert_array_equal(history.step, [1, 3, 5])
-    np.testing.assert_allclose(history.warmth["b"], 1 - 0.5**history.step)
+    np.testing.assert_allclose(history.bias_correction_factor["b"], 1 - 0.5**history.step)
     np.testing.assert_allclose(history.gradient_rms["w"], 0.5)
 
 
@@ -96,7 +98,9 @@ def test_flax_nnx_in_one_line():
         step(model, optimizer)
     history = diagnostics.history(optimizer.opt_state)
     np.testing.assert_array_equal(history.step, [1, 3, 5])
-    assert set(history.warmth) == {f"layers/{i}/{name}" for i in (0, 1) for name in ("bias", "kernel")}
+    assert set(history.bias_correction_factor) == {
+        f"layers/{i}/{name}" for i in (0, 1) for name in ("bias", "kernel")
+    }
     assert np.all(history.learning_rate["layers/1/kernel"] == pytest.approx(0.01, rel=1e-4))
 
 

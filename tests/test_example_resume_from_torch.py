@@ -1,11 +1,7 @@
 """examples/resume_from_torch.py, shortened."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "resume_from_torch.py"
+from shortened import example
 
 
 # What Flax, scikit-learn and matplotlib deprecate of their own is theirs.
@@ -13,11 +9,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "resume_from_torch.py"
 def test_the_loss_does_not_notice(tmp_path):
     for name in ("torch", "flax", "sklearn", "matplotlib"):
         pytest.importorskip(name, reason=f"{name} is not installed: make peers")
-    spec = importlib.util.spec_from_file_location("resume_from_torch", EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-
-    difference = example.main(steps=60, folder=tmp_path)
+    difference = example("resume_from_torch").main(["--steps=60", f"--folder={tmp_path}"])
     assert difference["carried over"].max() < 1e-5  # float32, of losses of about 1, over 30 steps
     assert difference["weights only"].max() > 1e-3
     assert (tmp_path / "losses.png").stat().st_size > 10_000

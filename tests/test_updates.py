@@ -1,4 +1,4 @@
-"""apply_updates: Optax's for dense updates, a scatter for those by rows."""
+"""apply_updates: Optax's for dense updates, a scatter for row-sparse ones."""
 
 import chex
 import jax

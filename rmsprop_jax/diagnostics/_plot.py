@@ -1,40 +1,26 @@
-r"""What the optimizer does to each layer, measured while it trains, and what to change.
+"""One picture of a run: `plot`."""
 
-One line in the training program measures every `every` updates, inside the compiled step:
-
-    tx = diagnostics.watch(rmsprop(1e-3, decay=0.99), every=10, decay=0.99)
-
-and after training, or at any time during it, on the host:
-
-    history = diagnostics.history(state)       # of Flax NNX: diagnostics.history(optimizer.opt_state)
-    print(*diagnostics.advise(history, losses), sep="\n")
-    diagnostics.plot(history, "diagnostics.png")
-
-In a chain, `watch` goes around :func:`rmsprop_jax.rmsprop` itself, so that it sees the gradients that the
-accumulators see: ``optax.chain(optax.clip_by_global_norm(1.0), watch(rmsprop(...)))``. Optax's own
-`optax.snapshot` and `optax.monitor` see what passes one place in a chain; these figures need the gradients,
-the updates and the accumulators of one step together. :func:`measure` takes them from any loop or
-`jax.lax.scan`.
-
-A layer here is a leaf of the parameters' tree, by its path as :func:`rmsprop_jax.interop.paths` has it.
-"""
-
+import io
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from rmsprop_jax._advice import Finding, advise
-from rmsprop_jax._measurement import Measurement, WatchState, history, measure, stacked, watch
-
-__all__ = ["Finding", "Measurement", "WatchState", "advise", "history", "measure", "plot", "watch"]
+from rmsprop_jax.diagnostics._figures import Measurement
+from rmsprop_jax.diagnostics._measure import stacked
 
 # What is drawn: the field, its title, the colours and their ends.
 _PANELS = (
     ("gradient_rms", "Gradient, rms\ngrey: none, or not finite", "viridis", None),
     ("effective_rate", "Effective learning rate, median\nwhat gradients are multiplied by", "viridis", None),
-    ("update_ratio", "Update / parameter\nblue: hardly moves; red: made anew", "RdYlBu_r", (1e-5, 1.0)),
+    (
+        "update_ratio",
+        "Update / parameter\nblue: hardly moves; red: replaced each step",
+        "RdYlBu_r",
+        (1e-5, 1.0),
+    ),
     ("staleness", "Accumulator / gradient\nred: steps made for larger gradients", "RdBu_r", (1e-2, 1e2)),
 )
 
@@ -49,10 +35,11 @@ def plot(history: Measurement | Sequence[Measurement], path: str | os.PathLike |
       path: where to save it, by its ending as PNG, PDF or SVG; None for nowhere.
 
     Returns:
-      The :class:`matplotlib.figure.Figure`.
+      The :class:`matplotlib.figure.Figure`, which notebooks show as the last line of a cell.
 
     Raises:
       ImportError: without matplotlib, which nothing else here needs.
+      ValueError: for a history without measurements.
     """
     try:
         from matplotlib.colors import LogNorm
@@ -62,7 +49,9 @@ def plot(history: Measurement | Sequence[Measurement], path: str | os.PathLike |
         raise ImportError("diagnostics.plot draws with matplotlib: pip install matplotlib.") from error
 
     run = stacked(history)
-    names = list(run.warmth)
+    names = list(run.gradient_rms)
+    if not names or not len(run.step):
+        raise ValueError("Invalid history: there are no measurements in it to plot.")
     figure = Figure(figsize=(13, 3.2 + 0.36 * len(names)), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     edges = _edges(run.step)
@@ -88,7 +77,14 @@ def plot(history: Measurement | Sequence[Measurement], path: str | os.PathLike |
         axes.set_xlabel("step")
     if path is not None:
         figure.savefig(path, dpi=130)
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
     return figure
+
+
+def _png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
 
 
 def _edges(step):

@@ -1,0 +1,250 @@
+"""The troubles that `advise` knows, gravest first, each a function of a run, and their thresholds."""
+
+import numpy as np
+
+from rmsprop_jax.diagnostics._finding import ENOUGH, TROUBLES, trouble
+
+__all__ = ["TROUBLES"]
+
+# The thresholds. Healthy runs are well on the other side of at least one of each trouble's: networks trained
+# with learning rates from 1e-4 to 3e-2 and decays 0.9 to 0.999 gave the ranges.
+
+# A loss of twice its first value is worse than no training. Batches differ by that much, too: so the steps
+# have to be large as well.
+RISEN = 2.0
+# Four aligned steps of half the layer's RMS replace the layer. Networks train with learning rates up to a
+# fifth of it, linear models up to a third.
+LARGE_STEP = 0.5
+# What is advised instead: among the best of the learning rates tried were 0.01 to 0.1 of the layers' rms.
+USUAL_STEP = 0.03
+# The first update from a zero start is 1 / sqrt(1 - decay) learning rates, 3.2 for decay 0.9. With bias
+# correction it is 1.
+AMPLIFIED = 2.0
+# A loss has stalled that is less than a tenth lower in the last quarter of the run than in its first tenth.
+STALLED = 0.1
+# Parameters that have gone 3% of their size, had all steps been in one direction, compute what they did.
+MOVED = 0.03
+# Most elements of a layer: half of them.
+MOSTLY = 0.5
+# Steps of a tenth of what the gradients would have without eps: nu a hundredth of eps or less.
+SHRUNK = 0.1
+# For one Gaussian scalar the RMS exceeds 10 abs(g) 8% of the time, for a whole layer practically never;
+# sparse gradients can exceed it by chance. Hence a median over the window.
+STALE = 10.0
+# A stale accumulator matters where steps of full size would, to first order, have taken a fifth off the loss.
+WORTH = 0.2
+# Loss scaling meets an infinite gradient now and then, and skips that step. One in ten is too many.
+OFTEN = 0.1
+
+# Dead layers and overflows after a divergence are its consequences, and not reported.
+DIVERGENCE = ("the loss explodes", "unstable start")
+
+
+@trouble("the loss explodes")
+def _the_loss_explodes(run):
+    if (high := _high(run)) is None:
+        return None
+    # Of the layers that do not start from zero: the learning rate and the first step over their rms.
+    rate = run.median_layer(run.learning_rate * run.update_ratio / run.update_rms)
+    rate = rate[run.step <= max(high[-1], run.step[0])]
+    at = int(np.argmax(np.nan_to_num(rate)))
+    if not rate[at] >= LARGE_STEP:
+        return None
+    lr = np.nanmedian(run.learning_rate[at])
+    return run.finding(
+        {**_course(run.losses), "learning rate": lr, "over the layers' rms": rate[at]},
+        "RMSProp moves every element by about the learning rate, whatever the gradient's size. Here that is "
+        f"{rate[at]:.2g} times the layers' rms: each step makes another network.",
+        f"a lower learning rate, {lr * USUAL_STEP / rate[at]:.1g} or so.",
+        steps=(high[0], high[-1]),
+    )
+
+
+@trouble("unstable start", consequence_of=["the loss explodes"])
+def _unstable_start(run):
+    if (high := _high(run)) is None:
+        return None
+    first = run.median_layer(run.update_ratio)[0]
+    amplified = np.nanmedian(run.update_rms[0] / run.learning_rate[0])
+    warm = 1 + 2 * run.memory
+    if not (first >= LARGE_STEP and amplified >= AMPLIFIED and high[0] <= warm):
+        return None
+    return run.finding(
+        {
+            **_course(run.losses),
+            "first step over the learning rate": amplified,
+            "over the layers' rms": first,
+        },
+        f"the accumulator starts from zero, and until it is warm, after about {run.memory:,.0f} steps, it is "
+        "too small to divide by.",
+        "warmup(learning_rate, decay) as the learning rate, or bias_correction=True.",
+        steps=(1, high[high <= warm][-1]),
+    )
+
+
+@trouble("stale accumulator", consequence_of=DIVERGENCE)
+def _stale_accumulator(run):
+    if run.losses is None:
+        return None
+    tail = slice(-(len(run.step) // 3), None)
+    staleness = np.nanmedian(run.staleness[tail], axis=0)
+    stale = np.isfinite(staleness) & (staleness >= STALE)
+    if not stale.any():
+        return None
+    in_tail = run.losses[run.loss_steps >= run.step[tail][0]]
+    before, after = (np.nanmedian(half) for half in np.array_split(in_tail, 2))
+    steps = run.step[-1] - run.step[tail][0]
+    gain = np.mean(np.sum((run.staleness * run.descent)[tail][:, stale], axis=1)) * steps
+    learnt = after < _early(run.losses) * MOSTLY
+    if learnt or _fall(before, after) >= STALLED or not gain >= WORTH * after:
+        return None
+    factor = np.nanmedian(staleness[stale])
+    # One that forgets this factor in half of the steps, and ten times as soon.
+    shorter = max(10, min(run.memory / 10, steps / 2 / (2 * np.log(factor))))
+    return run.finding(
+        {"accumulator over gradient": factor, "loss": after},
+        f"it remembers {run.memory:,.0f} updates, and gradients that were larger by this factor; the steps "
+        "are smaller by it.",
+        f"a smaller decay, such as {1 - 1 / shorter:.3g}. Where single batches do it, "
+        "optax.clip_by_global_norm before it.",
+        layers=stale,
+        steps=(run.step[tail][0], run.step[-1]),
+    )
+
+
+@trouble("eps dominates", consequence_of=DIVERGENCE)
+def _eps_dominates(run):
+    if not _has_stalled(run):
+        return None
+    amplitude = np.nanmedian(run.update_rms / run.learning_rate, axis=0)
+    mostly = np.nanmedian(run.eps_share, axis=0) >= MOSTLY
+    by_eps = mostly & (amplitude <= SHRUNK) & (_moved(run) < MOVED)
+    if not by_eps.any():
+        return None
+    rms = np.nanmedian(run.accumulator_rms[:, by_eps])
+    return run.finding(
+        {
+            "steps over what they would be": np.nanmedian(amplitude[by_eps]),
+            "gradients' rms": rms,
+            "loss": _late(run.losses),
+        },
+        "eps is larger than what it is added to, so that steps shrink with the gradients, as SGD's do.",
+        f"a smaller eps: under the root below {rms**2 / 100:.0e}, outside of it below {rms / 10:.0e}; or a "
+        "loss that is a sum where it is a tiny mean.",
+        layers=by_eps,
+    )
+
+
+@trouble("steps too small", consequence_of=[*DIVERGENCE, "eps dominates"])
+def _steps_too_small(run):
+    if not _has_stalled(run) or not np.nanmedian(_moved(run)) < MOVED:
+        return None
+    sized = np.isfinite(_moved(run))
+    size = np.nanmedian(run.update_rms[:, sized] / run.update_ratio[:, sized])
+    return run.finding(
+        {
+            "learning rate": np.nanmedian(run.learning_rate),
+            "way of the parameters over their size": np.nanmedian(_moved(run)),
+            "loss": _late(run.losses),
+        },
+        f"in {run.step[-1]:,} steps the parameters could hardly move.",
+        f"a larger learning rate: {size * USUAL_STEP / 10:.1g} to {size * USUAL_STEP:.1g} is usual for "
+        "parameters of this size.",
+    )
+
+
+@trouble("dead layer", consequence_of=DIVERGENCE)
+def _dead_layer(run):
+    tail = run.gradient_rms[-max(ENOUGH // 2, len(run.step) // 4) :]
+    dead = np.all(tail == 0, axis=0)
+    if not dead.any() or not np.all(np.any(tail > 0, axis=1)):
+        return None
+    alive = run.gradient_rms[:, dead] > 0
+    last = np.max(np.where(alive, run.step[:, None], 0))
+    if last:
+        cause = "they had gradients before: units may be zero for every input, as ReLUs after a large step."
+        remedy = "a lower learning rate or warmup(learning_rate, decay); leaky units."
+    else:
+        cause = "they never had any: the loss does not depend on them, or units are zero for every input."
+        remedy = (
+            "look for a stop_gradient, an unused output, or first biases that switch units off. What is "
+            "frozen on purpose, optax.masked leaves out."
+        )
+    steps = run.step[run.step > last][0], run.step[-1]
+    return run.finding({"gradient": 0.0}, cause, remedy, layers=dead, steps=steps)
+
+
+@trouble("accumulator rounded away")
+def _accumulator_rounded_away(run):
+    share = np.nanmedian(run.stuck_share, axis=0)
+    stuck = share >= MOSTLY
+    if not stuck.any():
+        return None
+    over_gradient = np.nanmedian(run.staleness[-1, stuck])
+    return run.finding(
+        {"share of it": np.nanmedian(share[stuck]), "over gradient": over_gradient},
+        "nu is stored in the parameters' 16 bits and rounded to nearest: decay * nu rounds to nu, so that it "
+        "can rise and never fall.",
+        "rmsprop_jax.rmsprop, whose accumulators are float32 or rounded without bias "
+        "(interop.from_optax takes the state along); for parameters in 16 bits apply_updates(key=), too.",
+        layers=stuck,
+    )
+
+
+@trouble("non-finite gradients", consequence_of=DIVERGENCE, least=1)
+def _nonfinite_gradients(run):
+    bad = run.nonfinite_share > 0
+    often = bad[-1] | (np.mean(bad, axis=0) >= OFTEN)
+    if not often.any():
+        return None
+    bad = bad[:, often].any(axis=1)
+    return run.finding(
+        {"share of measurements": np.mean(bad)},
+        "infinite or NaN gradients make the parameters NaN, unless the step is skipped.",
+        "optax.apply_if_finite around the optimizer skips such steps; jax.config.update('jax_debug_nans', "
+        "True) finds where they come from: a root or logarithm of 0, or float16's range.",
+        layers=often,
+        steps=(run.step[bad][0], run.step[bad][-1]),
+    )
+
+
+def _high(run):
+    """The steps at which the loss has risen, None where it has not."""
+    if run.losses is None:
+        return None
+    high = run.losses >= RISEN * run.losses[0]
+    return run.loss_steps[high] if high.any() else None
+
+
+def _course(losses):
+    highest = np.max(losses, where=np.isfinite(losses), initial=0)
+    return {
+        "first loss": losses[0],
+        "highest": highest,
+        "last": np.nanmedian(losses[-len(losses) // 10 :]),
+    }
+
+
+def _has_stalled(run):
+    if run.losses is None or run.step[-1] < 2 * run.memory:
+        return False
+    return _fall(_early(run.losses), _late(run.losses)) < STALLED
+
+
+def _moved(run):
+    """How far the layers have gone, had all steps been in one direction, over their size; NaN where a layer
+    has none, as it starts from zero, and where it has no gradient that could move it."""
+    sized = np.isfinite(run.update_ratio[0]) & (np.nanmedian(run.gradient_rms, axis=0) > 0)
+    return np.where(sized, np.mean(run.update_ratio, axis=0) * run.step[-1], np.nan)
+
+
+def _early(losses):
+    return np.nanmedian(losses[: max(1, len(losses) // 10)])
+
+
+def _late(losses):
+    return np.nanmedian(losses[-max(1, len(losses) // 4) :])
+
+
+def _fall(before, after):
+    return 1 - after / before

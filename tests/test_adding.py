@@ -1,0 +1,75 @@
+"""What CONTRIBUTING.md promises: a convention, an accumulator, a diagnostic: ten lines in one place each."""
+
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import Float16Root
+
+from rmsprop_jax import accumulators, diagnostics, interop, rmsprop
+from rmsprop_jax.diagnostics import _finding
+
+sys.path.insert(0, str(Path(__file__).parent / "parity"))
+
+
+def test_a_convention(x64):
+    from peers import PEERS, peer
+    from test_frameworks import test_takes_the_steps_of_the_framework as takes_the_steps
+
+    def lecture(lr=1e-3, forget=0.1):
+        return rmsprop(lr, 1 - forget, eps_in_sqrt=False)
+
+    before = len(PEERS)
+
+    @peer(lecture, {}, {"forget": 0.01, "changing_lr": True})
+    def lecture_in_numpy(params, lr, forget=0.1):
+        v = {name: np.zeros_like(p) for name, p in params.items()}
+
+        def step(grads, lr):
+            for name, g in grads.items():
+                v[name] = (1 - forget) * v[name] + forget * g**2
+                params[name] = params[name] - lr * g / (np.sqrt(v[name]) + 1e-8)
+            return dict(params)
+
+        return step
+
+    added = PEERS.pop()
+    assert len(PEERS) == before
+    for settings in added.settings:
+        takes_the_steps(added.convention, added.start, settings)
+
+
+def test_an_accumulator(monkeypatch):
+    monkeypatch.setitem(accumulators.NAMED, "root16", Float16Root())
+    tx = rmsprop(0.1, accumulator="root16")
+    g = {"w": jnp.full(3, 2.0)}
+    _, state = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(accumulators.convert(state, "float32")[0].nu["w"], 0.4, rtol=2e-3)
+    theirs = interop.to_optax(state, optax.rmsprop(0.1).init(g))
+    np.testing.assert_allclose(optax.tree.get(theirs, "nu")["w"], 0.4, rtol=2e-3)
+    with pytest.raises(ValueError, match=r"nu is stored as Float16Root.*stores it as uint8"):
+        rmsprop(0.1, accumulator="uint8").update(g, state)
+
+
+def test_a_diagnostic(monkeypatch):
+    monkeypatch.setattr(_finding, "TROUBLES", before := dict(_finding.TROUBLES))
+    monkeypatch.setattr(diagnostics._advice, "TROUBLES", before)
+
+    @_finding.trouble("gradients in the thousands")
+    def large(run):
+        found = np.nanmedian(run.gradient_rms, axis=0) > 1e3
+        if not found.any():
+            return None
+        return run.finding({"layers": found.sum()}, "the loss is a sum.", "a mean.", layers=found)
+
+    tx = diagnostics.watch(rmsprop(1e-3), every=1)
+    params, grads = {"w": jnp.ones(3), "b": jnp.ones(2)}, {"w": jnp.full(3, 1e4), "b": jnp.ones(2)}
+    state = tx.init(params)
+    for _ in range(10):
+        _, state = tx.update(grads, state, params)
+    (finding,) = diagnostics.advise(diagnostics.history(state))
+    assert finding.trouble == "gradients in the thousands"
+    assert finding.layers == ("w",)
