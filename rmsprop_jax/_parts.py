@@ -5,6 +5,7 @@ and store, and that leaves without a gradient are left alone.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,7 @@ def trace(decay, nesterov, dtype):
 
     def update_fn(updates, state, params=None, *, rms_count, rms_rows=None, **extra_args):
         del params, extra_args
+        treedef: Any
         grads, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         buffers = treedef.flatten_up_to(state.trace)
         rows = [None] * len(grads) if rms_rows is None else treedef.flatten_up_to(rms_rows)
