@@ -9,7 +9,7 @@ import numpy as np
 
 from rmsprop_jax._dtypes import dtype_of, ordered_after
 from rmsprop_jax._leaves import leaf_name
-from rmsprop_jax._row_gradient import RowGradient, in_range, take
+from rmsprop_jax._row_gradient import RowGradient, gathered, in_range, take
 
 
 def value_and_grad(loss_fn: Callable, *, has_aux: bool = False) -> Callable:
@@ -85,10 +85,13 @@ def check_ids(indices: jax.typing.ArrayLike, num_rows: int) -> None:
 
 def _row_gradient(table, ids, grads, loss):
     """Of a table whose rows at `ids`, an array or a tree of them, have the gradients `grads`."""
-    indices, values = [jnp.zeros(0, jnp.int32)], [jnp.zeros((0, *table.shape[1:]), table.dtype)]
-    for of_use, g in zip(jax.tree.leaves(ids), jax.tree.leaves(grads), strict=True):
-        indices.append(in_range(of_use, table.shape[0]).ravel())
-        values.append(g.reshape(-1, *table.shape[1:]))
+    columns = table.shape[1:]
+    indices = [gathered(in_range(x, table.shape[0]), columns=0).ravel() for x in jax.tree.leaves(ids)]
+    values = [gathered(g, columns=len(columns)).reshape(-1, *columns) for g in jax.tree.leaves(grads)]
+    if not indices:  # a table that is not used
+        return RowGradient(
+            jnp.zeros(0, jnp.int32), jnp.zeros_like(table, shape=(0, *columns)), table.shape[0]
+        )
     flat = jnp.concatenate(indices)
     # The loss reads the table. Where it is linear in the rows, XLA could write the table first.
     flat = ordered_after(flat, (flat < 0) & jnp.isnan(loss))

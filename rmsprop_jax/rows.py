@@ -38,6 +38,10 @@ do not count from the end. `check_ids` finds them, outside of jit.
     ids = jax.tree.map(lambda table: tokens, tables)
     loss, grads = rows.value_and_grad(loss_fn)(tables, ids, params, tokens)
 
+and `tx` of above, after gradient clipping, which takes tables and parameters together:
+
+    tx = optax.chain(rows.values_only(optax.clip_by_global_norm(1.0)), tx)
+
 Linen, where `lookup` is asked first at each call of a module within the model:
 
     params = model.init(key, tokens)["params"]
@@ -67,9 +71,19 @@ from rmsprop_jax._leaves import flatten_matching, is_none, named_leaves
 from rmsprop_jax._lookup import check_ids, value_and_grad
 from rmsprop_jax._row_gradient import RowGradient, check_row_sparse, is_row_gradient, put, take
 from rmsprop_jax._states import map_rms_states, rms_states
+from rmsprop_jax._values import global_norm, values_only
 from rmsprop_jax.accumulators import title
 
-__all__ = ["RowGradient", "RowsState", "check_ids", "exact", "lazy", "value_and_grad"]
+__all__ = [
+    "RowGradient",
+    "RowsState",
+    "check_ids",
+    "exact",
+    "global_norm",
+    "lazy",
+    "value_and_grad",
+    "values_only",
+]
 
 
 @partial(jax.export.register_namedtuple_serialization, serialized_name="rmsprop_jax.RowsState")

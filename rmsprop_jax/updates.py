@@ -13,7 +13,8 @@ import optax
 from rmsprop_jax import rounding
 from rmsprop_jax._dtypes import dtype_of, narrow, wide
 from rmsprop_jax._leaves import is_none, leaf_name
-from rmsprop_jax._row_gradient import in_range, is_row_gradient
+from rmsprop_jax._row_gradient import add as add_rows
+from rmsprop_jax._row_gradient import is_row_gradient, put, take
 
 __all__ = ["apply_updates"]
 
@@ -64,7 +65,7 @@ def apply_updates(
 
     def add(path, u, p):
         where = None if seed is None else (next(leaf), seed)
-        return p if u is None else _add(leaf_name(path), p, u, where)
+        return p if u is None else _add(path, p, u, where)
 
     return jax.tree_util.tree_map_with_path(
         add, updates, params, is_leaf=lambda u: is_none(u) or is_row_gradient(u)
@@ -83,22 +84,21 @@ def _seed(key):
 _add_dense = jax.jit(optax.apply_updates, inline=True)
 
 
-def _add(name, p, u, where):
+def _add(path, p, u, where):
     if p is None:
-        raise ValueError(f"Update {name!r} has no parameter, which is None.")
-    shape = jnp.shape(p)
+        raise ValueError(f"Update {leaf_name(path)!r} has no parameter, which is None.")
+    shape, own = getattr(p, "shape", ()), getattr(u, "shape", ())
     if is_row_gradient(u):
-        if u.shape != shape:
-            raise ValueError(
-                f"Row-sparse update {name!r} has shape {u.shape}, its parameter has shape {shape}."
-            )
+        if own != shape:
+            name = leaf_name(path)
+            raise ValueError(f"Row-sparse update {name!r} has shape {own}, its parameter has shape {shape}.")
         return _add_rows(p, u, where)
-    if not _broadcasts(jnp.shape(u), shape):
-        raise ValueError(f"Update {name!r} has shape {jnp.shape(u)}, its parameter has shape {shape}.")
-    if dtype_of(u) == jax.dtypes.float0:
+    if own != shape and not _broadcasts(own, shape):
+        raise ValueError(f"Update {leaf_name(path)!r} has shape {own}, its parameter has shape {shape}.")
+    if getattr(u, "dtype", None) == jax.dtypes.float0:
         raise ValueError(
-            f"Update {name!r} has dtype float0: its parameter is not differentiable. optax.masked leaves "
-            "it out."
+            f"Update {leaf_name(path)!r} has dtype float0: its parameter is not differentiable. optax.masked "
+            "leaves it out."
         )
     if where is None or wide(dtype_of(p)) == dtype_of(p):
         return _add_dense(p, u)
@@ -114,11 +114,11 @@ def _broadcasts(small, large):
 
 def _add_rows(p, u, where):
     if wide(p.dtype) == p.dtype:
-        return p.at[in_range(u.indices, u.num_rows)].add(u.values.astype(p.dtype), mode="drop")
+        return add_rows(p, u.indices, u.values)
     # Added up in float32 and rounded once, as for a dense update.
     u = u.summed()
-    rows = p.at[u.indices].get(mode="fill", fill_value=0) + u.values
-    return p.at[u.indices].set(_rounded(rows, p.dtype, where), mode="drop")
+    rows = take(p, u.indices).astype(u.dtype) + u.values
+    return put(p, u.indices, _rounded(rows, p.dtype, where))
 
 
 def _rounded(x, dtype, where):

@@ -1,18 +1,14 @@
 """Whatever works with `optax.rmsprop` works here: each call form on both, with the same result."""
 
-import subprocess
-import sys
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import Float16Root, assert_trees_close
-from jax import export
+from helpers import assert_trees_close
 
-from rmsprop_jax import accumulators, apply_updates, rmsprop, rows, scale_by_rms
+from rmsprop_jax import apply_updates, rmsprop
 
 P = {"w": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "b": jnp.array([0.5, -0.5])}
 
@@ -157,57 +153,3 @@ def test_numpy_parameters_are_taken_without_a_word():
             updates, _ = update(params, tx.init(params), params)
             apply_updates(params, updates)
     assert_trees_close(steps(rmsprop(0.1), params), steps(optax.rmsprop(0.1), params), rtol=1e-5)
-
-
-# jax.export.
-
-EXPORTED = {
-    **{
-        str(a): rmsprop(0.1, momentum=0.9, accumulator=a)
-        for a in (*accumulators.NAMED, accumulators.Uint8(-40))
-    },
-    "everything": rmsprop(linear_to(0.1), centered=True, weight_decay=0.1, bias_correction=True),
-    "chain": optax.chain(optax.clip_by_global_norm(1.0), rmsprop(0.1)),
-    "injected": optax.inject_hyperparams(rmsprop)(0.1),
-    "masked": optax.masked(rmsprop(0.1), {"w": True, "b": False}),
-    "partition": optax.partition({"a": rmsprop(0.1), "b": optax.sgd(0.1)}, {"w": "a", "b": "b"}),
-    "MultiSteps": optax.MultiSteps(rmsprop(0.1), 2).gradient_transformation(),
-}
-
-
-def exported_and_called(tx, params, grads):
-    """The step, lowered for four kinds of devices, written and read again, gives the same bits on CPU."""
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return apply_updates(params, updates), state
-
-    arguments = params, tx.init(params), grads
-    platforms = ("cpu", "cuda", "rocm", "tpu")
-    written = export.export(jax.jit(step), platforms=platforms)(*arguments).serialize()
-    assert_trees_close(export.deserialize(written).call(*arguments), jax.jit(step)(*arguments), rtol=0)
-
-
-@pytest.mark.parametrize("name", EXPORTED)
-def test_a_step_is_exported_for_every_platform(name):
-    exported_and_called(EXPORTED[name], P, P)
-
-
-@pytest.mark.parametrize("tx", [rows.exact(rmsprop(0.1)), rows.lazy(rmsprop(0.1, momentum=0.9))])
-def test_a_step_on_rows_is_exported_for_every_platform(tx):
-    gradient = rows.RowGradient(jnp.array([1, 3, 1]), jnp.ones((3, 2)), 7)
-    exported_and_called(tx, jnp.ones((7, 2)), gradient)
-
-
-def test_somebody_else_s_registration_stands_before_and_after_the_import():
-    """In processes of their own: JAX takes one registration of a class."""
-    register = "jax.export.register_namedtuple_serialization(optax.EmptyState, serialized_name='mine')\n"
-    begin, package = "import jax, optax\n", "import rmsprop_jax\n"
-    use = "rmsprop_jax.rmsprop(0.1).init(jax.numpy.ones(2))\n"
-    for program in (begin + register + package + use, begin + package + register + use):
-        subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_an_accumulator_without_a_name_cannot_be_exported():
-    with pytest.raises(ValueError, match=r"jax\.export cannot write Float16Root"):
-        exported_and_called(scale_by_rms(accumulator=Float16Root()), P, P)

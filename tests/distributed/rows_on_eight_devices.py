@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import LAYOUTS, assert_equal, data_mesh, mesh_of
 from tables import squared
 
@@ -94,3 +94,60 @@ def test_rows_of_several_ids_in_shards():
         np.testing.assert_allclose(losses, expected[2], rtol=1e-4)
         np.testing.assert_allclose(table, expected[0], rtol=0, atol=1e-5)
         np.testing.assert_allclose(nu, expected[1], rtol=1e-4, atol=1e-7)
+
+
+OPTIMIZERS = {
+    "exact": rows.exact(rmsprop(0.1)),
+    "lazy": rows.lazy(rmsprop(0.1, momentum=0.9, centered=True)),
+    "clipped": optax.chain(rows.values_only(optax.clip_by_global_norm(1.0)), rows.lazy(optax.adam(0.1))),
+}
+TABLE = jnp.arange(64.0).reshape(8, 8) / 10
+IDS = jnp.array([1, 3, 1, 7, -1, 0, 9, 5])
+
+
+def two_steps(tx, table, ids, state=None):
+    """With repeated ids, and some out of range, of shape (n,) and (n, 1)."""
+    state = tx.init(table) if state is None else state
+    for shaped in (ids, ids[:, None]):
+        loss = lambda found, _: jnp.sum(found**2)  # noqa: E731
+        _, (grads, _) = rows.value_and_grad(loss)(table, shaped, None)
+        updates, state = tx.update(grads, state, table)
+        table = apply_updates(table, updates)
+    return table
+
+
+@pytest.mark.parametrize("ids", [PartitionSpec(), PartitionSpec("data")], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_on_an_explicit_mesh(name, layout, ids):
+    """Tables whose rows or columns are split, and ids that are; the new table is laid out as the old one."""
+    mesh, tx = mesh_of(8, AxisType.Explicit), OPTIMIZERS[name]
+    expected = two_steps(tx, TABLE, IDS)
+    with jax.set_mesh(mesh):
+        table = jax.device_put(TABLE, NamedSharding(mesh, LAYOUTS[layout]))
+        placed_ids = jax.device_put(IDS, NamedSharding(mesh, ids))
+        for state in (None, jax.jit(tx.init)(table)):
+            new = jax.jit(partial(two_steps, tx))(table, placed_ids, state)
+            assert new.sharding.is_equivalent_to(table.sharding, 2)
+            np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-6)  # sums in another order
+
+
+@pytest.mark.parametrize("split", [PartitionSpec("data"), PartitionSpec(None, "data")], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_inside_shard_map(name, split):
+    """A table for each device, or some of the columns; with varying axes checked, state made inside."""
+    tx = OPTIMIZERS[name]
+    by_rows = split == PartitionSpec("data")
+    ids = IDS % 2 if by_rows else IDS  # a device has one row here
+    specs = (split, PartitionSpec("data") if by_rows else PartitionSpec())
+    inside = jax.shard_map(
+        partial(two_steps, tx), mesh=data_mesh(), in_specs=specs, out_specs=split, check_vma=True
+    )
+    parts = np.split(np.asarray(TABLE), 8, axis=0 if by_rows else 1)
+    of_part = np.split(np.asarray(ids), 8) if by_rows else [ids] * 8
+    expected = [
+        two_steps(tx, jnp.asarray(part), jnp.asarray(i)) for part, i in zip(parts, of_part, strict=True)
+    ]
+    np.testing.assert_allclose(
+        jax.jit(inside)(TABLE, ids), np.concatenate(expected, axis=0 if by_rows else 1), rtol=1e-5, atol=1e-6
+    )

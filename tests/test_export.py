@@ -1,0 +1,119 @@
+"""jax.export: a step is lowered for every platform, written and read again, and has the same bits on CPU."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import Float16Root, assert_trees_close
+from jax import export
+
+from rmsprop_jax import accumulators, apply_updates, diagnostics, rmsprop, rows, scale_by_rms
+
+P = {"w": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "b": jnp.array([0.5, -0.5])}
+
+
+EXPORTED = {
+    **{
+        str(a): rmsprop(0.1, momentum=0.9, accumulator=a)
+        for a in (*accumulators.NAMED, accumulators.Uint8(-40))
+    },
+    "everything": rmsprop(
+        optax.linear_schedule(0.1, 0.01, 5), centered=True, weight_decay=0.1, bias_correction=True
+    ),
+    "watched": diagnostics.watch(rmsprop(0.1, momentum=0.9)),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), rmsprop(0.1)),
+    "injected": optax.inject_hyperparams(rmsprop)(0.1),
+    "masked": optax.masked(rmsprop(0.1), {"w": True, "b": False}),
+    "partition": optax.partition({"a": rmsprop(0.1), "b": optax.sgd(0.1)}, {"w": "a", "b": "b"}),
+    "MultiSteps": optax.MultiSteps(rmsprop(0.1), 2).gradient_transformation(),
+}
+
+
+def exported_and_called(tx, params, grads):
+    """The step, lowered for four kinds of devices, written and read again, gives the same bits on CPU."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return apply_updates(params, updates), state
+
+    arguments = params, tx.init(params), grads
+    platforms = ("cpu", "cuda", "rocm", "tpu")
+    written = export.export(jax.jit(step), platforms=platforms)(*arguments).serialize()
+    assert_trees_close(export.deserialize(written).call(*arguments), jax.jit(step)(*arguments), rtol=0)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_step_is_exported_for_every_platform(name):
+    exported_and_called(EXPORTED[name], P, P)
+
+
+@pytest.mark.parametrize("tx", [rows.exact(rmsprop(0.1)), rows.lazy(rmsprop(0.1, momentum=0.9))])
+def test_a_step_on_rows_is_exported_for_every_platform(tx):
+    gradient = rows.RowGradient(jnp.array([1, 3, 1]), jnp.ones((3, 2)), 7)
+    exported_and_called(tx, jnp.ones((7, 2)), gradient)
+
+
+def test_somebody_else_s_registration_stands_before_and_after_the_import():
+    """In processes of their own: JAX takes one registration of a class."""
+    register = "jax.export.register_namedtuple_serialization(optax.EmptyState, serialized_name='mine')\n"
+    begin, package = "import jax, optax\n", "import rmsprop_jax\n"
+    use = "rmsprop_jax.rmsprop(0.1).init(jax.numpy.ones(2))\n"
+    for program in (begin + register + package + use, begin + package + register + use):
+        subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_an_accumulator_without_a_name_cannot_be_exported():
+    with pytest.raises(ValueError, match=r"jax\.export cannot write Float16Root"):
+        exported_and_called(scale_by_rms(accumulator=Float16Root()), P, P)
+
+
+# Sizes that are left open.
+
+TABLES = {
+    "exact": rows.exact(rmsprop(0.1)),
+    "lazy": rows.lazy(rmsprop(0.1, momentum=0.9, accumulator="uint8")),
+    "clipped": optax.chain(rows.values_only(optax.clip_by_global_norm(1.0)), rows.exact(rmsprop(0.1))),
+}
+
+
+@pytest.mark.parametrize("open_table", [False, True])
+@pytest.mark.parametrize("name", TABLES)
+def test_any_number_of_rows_and_of_ids(name, open_table):
+    """The exported step takes as many as there are; repeated ids and those out of range too."""
+    tx = TABLES[name]
+
+    def step(table, state, ids):
+        _, (grads, _) = rows.value_and_grad(lambda found, _: jnp.sum(found**2))(table, ids, None)
+        updates, state = tx.update(grads, state, table)
+        return apply_updates(table, updates), state
+
+    num_rows, num_ids = export.symbolic_shape("n, b")
+    shape = jax.ShapeDtypeStruct((num_rows if open_table else 50, 4), jnp.float32)
+    ids = jax.ShapeDtypeStruct((num_ids,), jnp.int32)
+    exported = export.export(jax.jit(step))(shape, jax.eval_shape(tx.init, shape), ids)
+    exported = export.deserialize(exported.serialize())
+    table = jnp.arange(200.0).reshape(50, 4)
+    for ids in ([3, 1, 3, 3, -2, 60, 1], [7]):
+        arguments = table, tx.init(table), jnp.array(ids)
+        assert_trees_close(exported.call(*arguments), jax.jit(step)(*arguments), rtol=1e-6)
+
+
+def test_any_size_of_the_parameters():
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return apply_updates(params, updates), state
+
+    (size,) = export.symbolic_shape("n")
+    shape = {"w": jax.ShapeDtypeStruct((size, 3), jnp.float32)}
+    for options in ({"momentum": 0.9, "centered": True}, {"accumulator": "uint8"}):
+        for tx in (rmsprop(0.1, **options), diagnostics.watch(rmsprop(0.1, **options))):
+            exported = export.export(jax.jit(step))(shape, jax.eval_shape(tx.init, shape))
+            for n in (1, 5000):
+                params = {"w": jnp.arange(3.0 * n).reshape(n, 3)}
+                found = exported.call(params, tx.init(params))
+                assert_trees_close(found[0], jax.jit(step)(params, tx.init(params))[0], rtol=1e-6)
+                assert np.all(np.isfinite(found[0]["w"]))
