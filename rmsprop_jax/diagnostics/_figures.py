@@ -12,12 +12,14 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rmsprop_jax import accumulators
-from rmsprop_jax._dtypes import abs_sq, times, widen
+from rmsprop_jax._dtypes import abs_sq, real, times, wide
 from rmsprop_jax._rule import Settings
+from rmsprop_jax._states import variance
 
 Figures = dict[str, jax.Array]  # by the layer's name
 
 
+@partial(jax.export.register_namedtuple_serialization, serialized_name="rmsprop_jax.Measurement")
 class Measurement(NamedTuple):
     """Figures of one update, or of several: stacked by `jax.lax.scan`, each has a leading axis of time.
 
@@ -72,14 +74,14 @@ FIELDS = Measurement._fields[1:]
 class _Layer:
     """A layer's arrays, in float32 at least, and its figures."""
 
-    def __init__(self, g, u, p, nu, mu, step, settings, ours, accumulator, axes):
+    def __init__(self, g, u, p, nu, mu, step, settings, *, ours, accumulator, axes):
         self.step, self.settings, self.axes = step, settings, axes
         # Rounded to nearest, unless this package stores it.
         self.stored = None if ours else self._sample(nu)
         nu = accumulators.decoded(nu, accumulator) if ours else nu
-        self.g, self.u, self.p, self.nu, self.mu = widen((g, u, p, nu, mu))
-        if mu is not None and not ours:  # Optax's is the raw moment
-            self.nu = jnp.maximum(self.nu - abs_sq(self.mu), 0)
+        self.g, self.u, self.p, self.nu, self.mu = _in_one_precision(g, u, p, nu, mu)
+        if mu is not None and not ours:
+            self.nu = variance(self.nu, self.mu)  # Optax's is the raw moment
         self.some_g, self.some_u, self.some_nu = map(self._sample, (self.g, self.u, self.nu))
 
     @cached_property
@@ -163,13 +165,7 @@ class _Layer:
         return jax.lax.all_gather(_sample(x), self.axes) if self.axes else _sample(x)
 
 
-@partial(jax.jit, static_argnames=("ours", "accumulator", "axes"))
-def _figures(g, u, p, nu, mu, step, settings, *, ours, accumulator, axes):
-    layer = _Layer(g, u, p, nu, mu, step, settings, ours, accumulator, axes)
-    figures = jnp.stack([jnp.asarray(getattr(layer, name), jnp.float32) for name in FIELDS])
-    return jax.lax.pmean(figures, axes) if axes else figures  # equal ones, now as one for all
-
-
+@partial(jax.jit, static_argnames=("ours", "accumulator", "apart"))
 def figures(
     g: Any,
     u: Any,
@@ -192,20 +188,25 @@ def figures(
       mu: the running mean, None where not centred.
       step: updates so far.
       settings: the optimizer's.
-      ours: whether this package stores `nu`; Optax's is the raw moment.
+      ours: whether this package stores `nu`.
       accumulator: what reads `nu`, where its dtype does not tell.
       apart: inside `jax.shard_map`, the mesh axes along which each device has figures of its own. Along all
         others the layer is one, in parts.
     """
     arrays = [x for x in (g, u, p, nu, mu) if x is not None]
-    axes = frozenset().union(*map(varying_axes, arrays)) - apart
-    of_layer = partial(_figures, ours=ours, accumulator=accumulator, axes=tuple(sorted(axes)))
+    axes = tuple(sorted(frozenset().union(*map(varying_axes, arrays)) - apart))
+
+    def of_layer(*arguments):
+        layer = _Layer(*arguments, ours=ours, accumulator=accumulator, axes=axes)
+        row = jnp.stack([jnp.asarray(getattr(layer, name), jnp.float32) for name in FIELDS])
+        return jax.lax.pmean(row, axes) if axes else row  # equal on all devices, and now known to be
+
     for mesh in (jax.typeof(x).sharding.mesh for x in arrays):
         kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        explicit = [name for name, kind in kinds if kind == AxisType.Explicit]
-        if explicit:  # where slices and sorts are refused of what is sharded; the compiler places these
+        explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+        if explicit:  # there, slices and sorts of what is sharded are refused: the compiler is to place these
             replicated = NamedSharding(mesh, PartitionSpec())
-            of_layer = jax.sharding.auto_axes(of_layer, axes=tuple(explicit), out_sharding=replicated)
+            of_layer = jax.sharding.auto_axes(of_layer, axes=explicit, out_sharding=replicated)
             break
     return of_layer(g, u, p, nu, mu, step, settings)
 
@@ -215,6 +216,18 @@ def varying_axes(x: Any) -> frozenset:
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)
     return kind.vma if manual is None else manual.varying
+
+
+def _in_one_precision(*arrays):
+    """In float64 if one of them is, else in float32; real or complex as they are."""
+    dtype = max((real(wide(x.dtype)) for x in arrays if x is not None), key=lambda dtype: dtype.itemsize)
+
+    def cast(x):
+        if jnp.iscomplexobj(x):
+            return jax.lax.complex(x.real.astype(dtype), x.imag.astype(dtype))
+        return x.astype(dtype)
+
+    return [None if x is None else cast(x) for x in arrays]
 
 
 def _rms(x):
@@ -230,12 +243,15 @@ def _share(which, of):
 def _sample(x, most=4096):
     """At most `most` elements, and at least a sixth of that. Slices, axis by axis: no axis is reshaped, so
     that an array in shards is not collected. The strides are odd: even ones would meet one unit of eight."""
-    # Under jax.export a size may be a symbol. Of such an axis a fixed number is taken; past its end, zeros.
-    count = round(most ** (1 / max(1, x.ndim)))
-    for axis, size in enumerate(x.shape):
-        if not isinstance(size, int):
-            stride = -(-size // count) // 2 * 2 + 1
-            x = jnp.take(x, jnp.arange(count) * stride, axis, mode="fill", fill_value=0)
+    # Under jax.export a size may be a symbol, of which there is no telling whether it is too large. Of such
+    # an axis a fixed number is taken, zeros past its end.
+    symbols = {axis: size for axis, size in enumerate(x.shape) if not isinstance(size, int)}
+    if symbols:
+        others = np.prod([size for size in x.shape if isinstance(size, int)])
+        count = int(max(most ** (1 / x.ndim), (most / others) ** (1 / len(symbols))))
+    for axis, size in symbols.items():
+        stride = -(-size // count) // 2 * 2 + 1
+        x = jnp.take(x, jnp.arange(count) * stride, axis, mode="fill", fill_value=0)
     strides = [1] * x.ndim
 
     def taken():

@@ -1,5 +1,6 @@
 """Measuring while training: `watch` around an optimizer, and what it has measured."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from rmsprop_jax import _checks, accumulators
 from rmsprop_jax._dtypes import ordered_after
 from rmsprop_jax._leaves import array_of
+from rmsprop_jax._states import refusal
 from rmsprop_jax.diagnostics._figures import FIELDS, Measurement, varying_axes
 from rmsprop_jax.diagnostics._measure import accumulators_of, by_name, columns_of, settings_of
 
@@ -17,6 +19,7 @@ _NONFINITE = FIELDS.index("nonfinite_share")
 _FACTOR = FIELDS.index("bias_correction_factor")
 
 
+@partial(jax.export.register_namedtuple_serialization, serialized_name="rmsprop_jax.WatchState")
 class WatchState(NamedTuple):
     """State of `watch`.
 
@@ -98,7 +101,7 @@ def watch(
         layers = accumulators_of(inner).values()
         table = jnp.zeros((capacity, len(FIELDS), len(layers)), jnp.float32)
         for x in layers:
-            if varying_axes(x.nu):  # then the table has to vary too, and a sum does if an operand does
+            if varying_axes(x.nu):  # in a shard_map: then the table has to vary too
                 table += jnp.zeros_like(x.nu, jnp.float32, ())
         return WatchState(
             inner,
@@ -113,9 +116,7 @@ def watch(
         if params is None:
             raise ValueError("watch needs the parameters: tx.update(grads, state, params).")
         if not isinstance(state, WatchState):
-            raise ValueError(
-                f"Invalid state: it is {type(state).__name__}, expected WatchState, as init returns it."
-            )
+            raise ValueError(refusal(state))
         seen = optax.safe_increment(state.seen)
         due = state.seen % state.every == 0
         nothing = jnp.zeros_like(state.table[0])
@@ -128,28 +129,36 @@ def watch(
             columns, _ = columns_of(updates, inner, step, params, settings, seen, apart)
             absent = jnp.full(len(FIELDS), jnp.nan, jnp.float32)
             row = [absent if column is None else column for column in columns.values()]
+            # In a shard_map both branches have to vary as the table does, and a sum does if an operand does.
             return jnp.stack(row, axis=1) + nothing if row else nothing
 
-        row = jax.lax.cond(due, measured, lambda: nothing)
+        if isinstance(due, jax.core.Tracer):
+            row = jax.lax.cond(due, measured, lambda: nothing)
+        else:  # outside of jit, cond would compile its branches anew for each update
+            row = measured() if due else nothing
         never = jnp.any(row[_NONFINITE] < 0)
 
-        def ordered(g):
+        def ordered(g):  # in a shard_map it must not vary more than before
             return ordered_after(g, never) if varying_axes(never) <= varying_axes(g) else g
 
         updates, inner = tx.update(jax.tree.map(ordered, updates), state.inner, params, **extra_args)
-        # Written in place, or nowhere.
-        place = jnp.where(due, state.stored, capacity)
-        table = state.table.at[place].set(row, mode="drop")
-        steps = state.steps.at[place].set(seen, mode="drop")
-        stored = state.stored + due.astype(jnp.int32)
-        full = stored == capacity
-        table, steps = jax.lax.cond(full, _thinned, lambda x: x, (table, steps))
-        every_now = jnp.where(full, 2 * state.every, state.every)
-        return updates, WatchState(
-            inner, seen, every_now, jnp.where(full, capacity // 2, stored), steps, table
-        )
+        return updates, WatchState(inner, seen, *_recorded(state._replace(inner=None), row, due, seen))
 
     return tx._replace(init=init_fn, update=update_fn)  # which leaves its settings, if it tells them
+
+
+@partial(jax.jit, inline=True)
+def _recorded(state, row, due, seen):
+    """The state's last four fields with one more measurement, if it is due. Jitted for eager callers."""
+    capacity = len(state.table)
+    place = jnp.where(due, state.stored, capacity)  # written in place, or nowhere
+    table = state.table.at[place].set(row, mode="drop")
+    steps = state.steps.at[place].set(seen, mode="drop")
+    stored = state.stored + due.astype(jnp.int32)
+    full = stored == capacity
+    table, steps = jax.lax.cond(full, _thinned, lambda x: x, (table, steps))
+    every = jnp.where(full, 2 * state.every, state.every)
+    return every, jnp.where(full, capacity // 2, stored), steps, table
 
 
 def _thinned(arrays):
