@@ -47,4 +47,6 @@ assert jnp.count_nonzero(rmsprop_jax.apply_updates(table, updates)) == 2
 
 unasked = {"flax", "keras", "matplotlib", "safetensors", "tensorflow", "torch"} & set(sys.modules)
 assert not unasked, unasked
-print(f"rmsprop_jax {rmsprop_jax.__version__} steps on Python {sys.version.split()[0]}, JAX {jax.__version__}")
+print(
+    f"rmsprop_jax {rmsprop_jax.__version__} steps on Python {sys.version.split()[0]}, JAX {jax.__version__}"
+)
