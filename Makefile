@@ -32,7 +32,7 @@ check: $(VENV)/.installed
 
 package: $(VENV)/.packaging
 	rm -rf dist
-	$(PY) -m build --outdir dist . > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; exit 1)
+	$(PY) -m build --no-isolation --outdir dist . > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; exit 1)
 	$(PY) -m twine check --strict dist/*
 	$(PY) -m check_wheel_contents dist/*.whl
 	$(PY) -m pyroma --min 10 dist/*.tar.gz
