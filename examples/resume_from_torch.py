@@ -1,9 +1,10 @@
 """Half a training run in PyTorch, the other half in JAX: does the loss notice?
 
 A small convolutional network learns scikit-learn's digits with `torch.optim.RMSprop`, momentum and a learning
-rate that changes with every step. At half time its weights and its optimizer's state are carried over into
-Flax NNX with `rmsprop_jax.interop`; from then on both go on, on the same batches, and their losses are
-compared. A third run, for comparison, takes the weights over and starts with new accumulators.
+rate that changes with every step, and writes a checkpoint at half time. `rmsprop_jax.interop` reads weights
+and optimizer from the file into Flax NNX; from then on both go on, on the same batches, and their losses are
+compared. A third run, for comparison, takes the weights over and starts with new accumulators; a fourth
+carries over the convolution alone, and learns with a new head whether a digit is odd.
 
     python examples/resume_from_torch.py            (needs PyTorch: make peers)
 
@@ -13,6 +14,7 @@ Ends with runs/resume_from_torch/losses.png, and prints the largest difference b
 import importlib.util
 import math
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from rmsprop_jax import conventions, interop
+from rmsprop_jax import interop
 
 SETTINGS = {"alpha": 0.99, "eps": 1e-3, "momentum": 0.9}
 
@@ -56,9 +58,9 @@ def torch_net():
 
 
 class FlaxNet(nnx.Module):
-    def __init__(self, rngs):
+    def __init__(self, classes, rngs):
         self.conv = nnx.Conv(1, 64, (3, 3), rngs=rngs)
-        self.linear = nnx.Linear(64, 10, rngs=rngs)
+        self.linear = nnx.Linear(64, classes, rngs=rngs)
 
     def __call__(self, x):  # (batch, 8, 8, 1)
         return self.linear(nnx.relu(self.conv(x)).max((1, 2)))
@@ -93,15 +95,27 @@ def compare(steps, folder):
 
     torch_losses = [torch_step(t) for t in tqdm(range(half), desc="PyTorch", unit="step")]
 
-    # Carry over: the weights, and the optimizer's state.
-    graph, params = nnx.split(FlaxNet(nnx.Rngs(0)))
-    params = interop.params_from(model.state_dict(), params, NAMES)
-    tx = conventions.torch(learning_rate, **SETTINGS)
+    file = folder / "checkpoint.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     order = [name for name, _ in model.named_parameters()]
-    state = interop.from_torch(optimizer.state_dict(), tx.init(params), params, NAMES, order=order)
 
-    @jax.jit
-    def jax_step(params, state, x, y):
+    # Carry over: the weights, and the optimizer with its hyper-parameters and its state.
+    graph, params = nnx.split(FlaxNet(10, nnx.Rngs(0)))
+    params = interop.params_from(file, params, NAMES)
+    tx, state = interop.resume_torch(file, params, NAMES, order=order, learning_rate=learning_rate)
+
+    # In part: `names` leaves out the head, which is new. What was carried over is printed.
+    odd_graph, odd_params = nnx.split(FlaxNet(2, nnx.Rngs(0)))
+    part = {"strict": False, "report": print}
+    names = {name: path for name, path in NAMES.items() if name.startswith("conv")}
+    odd_params = interop.params_from(file, odd_params, names, **part)
+    _, odd_state = interop.resume_torch(
+        file, odd_params, names, order=order, learning_rate=learning_rate, **part
+    )
+
+    @partial(jax.jit, static_argnums=0)
+    def jax_step(graph, params, state, x, y):
         def loss(params):
             logits = nnx.merge(graph, params)(x)
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
@@ -111,19 +125,25 @@ def compare(steps, folder):
         return optax.apply_updates(params, updates), state, value
 
     fresh = optax.tree.set(tx.init(params), count=jnp.int32(half))  # the schedule goes on where it was
-    runs = {"carried over": (params, state), "weights only": (params, fresh)}
+    runs = {
+        "carried over": (graph, params, state, labels),
+        "weights only": (graph, params, fresh, labels),
+        "new head: is it odd?": (odd_graph, odd_params, odd_state, labels % 2),
+    }
     losses = {name: [] for name in runs}
     for t in tqdm(range(half, steps), desc="PyTorch and JAX", unit="step"):
         torch_losses.append(torch_step(t))
-        for name, (params, state) in runs.items():
-            x, y = images[batches[t], ..., None], labels[batches[t]]
-            params, state, loss = jax_step(params, state, x, y)
-            runs[name] = params, state
+        for name, (graph, params, state, targets) in runs.items():
+            x, y = images[batches[t], ..., None], targets[batches[t]]
+            params, state, loss = jax_step(graph, params, state, x, y)
+            runs[name] = graph, params, state, targets
             losses[name].append(float(loss))
 
-    difference = {name: np.abs(np.subtract(path, torch_losses[half:])) for name, path in losses.items()}
+    difference = {
+        name: np.abs(np.subtract(losses[name], torch_losses[half:]))
+        for name in ("carried over", "weights only")
+    }
     picture = folder / "losses.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
     draw(torch_losses, losses, difference, picture)
     print(f"Largest difference from PyTorch's loss over {steps - half} further steps:")
     for name, path in difference.items():
@@ -139,6 +159,8 @@ def draw(torch_losses, losses, difference, path):
     for name, color in (("weights only", "tab:gray"), ("carried over", "tab:blue")):
         top.semilogy(after, losses[name], color=color, lw=1, label=f"JAX, {name}")
         bottom.semilogy(after, np.maximum(difference[name], 1e-9), color=color, lw=1)
+    name = "new head: is it odd?"
+    top.semilogy(after, losses[name], color="tab:green", lw=1, label=f"JAX, {name}")
     top.set(ylabel="loss of the batch", title="A run of torch.optim.RMSprop, continued by conventions.torch")
     top.legend()
     bottom.set(xlabel="step", ylabel="difference (0 as 1e-9)")

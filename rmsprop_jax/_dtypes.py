@@ -16,9 +16,12 @@ def wide(dtype: jax.typing.DTypeLike) -> np.dtype:
 
 def dtype_of(leaf: jax.typing.ArrayLike) -> np.dtype:
     """The dtype that JAX gives a leaf: an array, a `jax.ShapeDtypeStruct` or a Python number."""
-    if not hasattr(leaf, "dtype"):
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
         return jnp.result_type(leaf)
-    return jax.dtypes.canonicalize_dtype(leaf.dtype) if isinstance(leaf.dtype, np.dtype) else leaf.dtype
+    # Only 64 bits may be other ones to JAX. Eager updates ask for each leaf.
+    is_wide = isinstance(dtype, np.dtype) and dtype.itemsize >= 8
+    return jax.dtypes.canonicalize_dtype(dtype) if is_wide else dtype
 
 
 def is_array_like(leaf: object) -> bool:
@@ -43,8 +46,8 @@ def widen(tree):
     """The tree with its leaves in `wide` dtypes."""
 
     def widened(x):
-        dtype = wide(dtype_of(x))
-        return x if dtype == dtype_of(x) else x.astype(dtype)
+        dtype = dtype_of(x)
+        return x if wide(dtype) == dtype else x.astype(wide(dtype))
 
     return jax.tree.map(widened, tree)
 

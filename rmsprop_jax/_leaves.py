@@ -64,7 +64,8 @@ def flatten_matching(grads: Any, nu: Any, mu: Any = None) -> tuple[list, Any, li
 def _mismatch(g, nu, mu):
     if g is None:
         return None
-    shape, expected = jnp.shape(g), getattr(nu, "shape", "None" if nu is None else "a subtree")
+    shape = getattr(g, "shape", ())
+    expected = getattr(nu, "shape", "None" if nu is None else "a subtree")
     if shape != expected:
         return f"has shape {shape}, the state was initialised for {expected}."
     dtype = dtype_of(g)

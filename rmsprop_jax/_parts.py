@@ -5,6 +5,7 @@ and store, and that leaves without a gradient are left alone.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import optax
 
 from rmsprop_jax import _checks, rounding
 from rmsprop_jax._dtypes import dtype_of, full_like, narrow, wide, widen
-from rmsprop_jax._leaves import flatten_matching, is_none, leaf_name, leaf_numbers
+from rmsprop_jax._leaves import is_none, leaf_numbers
 from rmsprop_jax._rule import Transformation
 from rmsprop_jax._states import is_ours, refusal
 
@@ -70,24 +71,22 @@ def trace(decay, nesterov, dtype):
     def init_fn(params):
         return optax.TraceState(jax.tree.map(lambda p: full_like(p, 0, stored_dtype(p)), params))
 
-    def check(path, buffer):
-        found = dtype_of(buffer)
-        expected = wide(found) if dtype is None or jnp.iscomplexobj(buffer) else jnp.dtype(dtype)
-        if found != expected:
-            raise ValueError(
-                f"Invalid state: the momentum buffer of {leaf_name(path)!r} is stored as {found}, this "
-                f"optimizer stores it as {expected}: optax.tree.cast converts it."
-            )
-
     def update_fn(updates, state, params=None, *, rms_count, rms_rows=None, **extra_args):
         del params, extra_args
-        jax.tree_util.tree_map_with_path(check, state.trace)
-        grads, treedef, buffers, _ = flatten_matching(updates, state.trace)
+        treedef: Any
+        grads, treedef = jax.tree.flatten(updates, is_leaf=is_none)
+        buffers = treedef.flatten_up_to(state.trace)
         rows = [None] * len(grads) if rms_rows is None else treedef.flatten_up_to(rms_rows)
+        numbers = rows if dtype is None else leaf_numbers(buffers)
 
         def step(g, old, number, rows):
             if g is None:
                 return None, old
+            if old.dtype != (expected := stored_dtype(old)):
+                raise ValueError(
+                    f"Invalid state: a momentum buffer is stored as {old.dtype}, this optimizer stores it as "
+                    f"{expected}: optax.tree.cast converts it."
+                )
             new = _traced(g, widen(old), decay)
             u = _traced(g, new, decay) if nesterov else new
             if new.dtype == old.dtype:
@@ -97,7 +96,7 @@ def trace(decay, nesterov, dtype):
             thresholds = rounding.thresholds(new.shape, np.uint32(2**32 - 1) - number, rms_count, rows)
             return u, rounding.to_dtype(new, old.dtype, thresholds)
 
-        steps = list(map(step, grads, buffers, leaf_numbers(buffers), rows))
+        steps = list(map(step, grads, buffers, numbers, rows))
         us, buffers = (treedef.unflatten(xs) for xs in (zip(*steps, strict=True) if steps else ((), ())))
         return us, optax.TraceState(buffers)
 

@@ -16,7 +16,7 @@ exponentially weighted sums.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -53,6 +53,10 @@ class Settings:
     accumulator: accumulators.Accumulator | None = None
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
+        return self._flat
+
+    @cached_property  # an eager update flattens the settings for each leaf
+    def _flat(self) -> tuple[tuple[Any, ...], Any]:
         arrays = {name: x for name in ("decay", "eps") if not isinstance(x := getattr(self, name), float)}
         rest = replace(self, **dict.fromkeys(arrays))  # type: ignore[arg-type]  # None: not here, but a leaf
         return tuple(arrays.values()), (tuple(arrays), rest)

@@ -64,7 +64,7 @@ def apply_updates(params: SameTree, updates: Tree, *, key: jax.Array | None = No
 
     def add(path, u, p):
         where = None if seed is None else (next(leaf), seed)
-        return p if u is None else _add(leaf_name(path), p, u, where)
+        return p if u is None else _add(path, p, u, where)
 
     return jax.tree_util.tree_map_with_path(
         add, updates, params, is_leaf=lambda u: is_none(u) or is_row_gradient(u)
@@ -83,22 +83,21 @@ def _seed(key):
 _add_dense = jax.jit(optax.apply_updates, inline=True)
 
 
-def _add(name, p, u, where):
+def _add(path, p, u, where):
     if p is None:
-        raise ValueError(f"Update {name!r} has no parameter, which is None.")
-    shape = jnp.shape(p)
+        raise ValueError(f"Update {leaf_name(path)!r} has no parameter, which is None.")
+    shape, own = getattr(p, "shape", ()), getattr(u, "shape", ())
     if is_row_gradient(u):
-        if u.shape != shape:
-            raise ValueError(
-                f"Row-sparse update {name!r} has shape {u.shape}, its parameter has shape {shape}."
-            )
+        if own != shape:
+            name = leaf_name(path)
+            raise ValueError(f"Row-sparse update {name!r} has shape {own}, its parameter has shape {shape}.")
         return _add_rows(p, u, where)
-    if not _broadcasts(jnp.shape(u), shape):
-        raise ValueError(f"Update {name!r} has shape {jnp.shape(u)}, its parameter has shape {shape}.")
-    if dtype_of(u) == jax.dtypes.float0:
+    if own != shape and not _broadcasts(own, shape):
+        raise ValueError(f"Update {leaf_name(path)!r} has shape {own}, its parameter has shape {shape}.")
+    if getattr(u, "dtype", None) == jax.dtypes.float0:
         raise ValueError(
-            f"Update {name!r} has dtype float0: its parameter is not differentiable. optax.masked leaves "
-            "it out."
+            f"Update {leaf_name(path)!r} has dtype float0: its parameter is not differentiable. optax.masked "
+            "leaves it out."
         )
     if where is None or wide(dtype_of(p)) == dtype_of(p):
         return _add_dense(p, u)

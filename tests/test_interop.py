@@ -122,7 +122,11 @@ def test_fills_a_state_that_is_only_shapes():
 
 
 def test_opens_no_other_file(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a dictionary of arrays or a \.safetensors file"):
+    with pytest.raises(ValueError, match=r"expected a dictionary of arrays or a file that ends with"):
+        interop.params_from(tmp_path / "model.pkl", PARAMS, NAMES)
+    with pytest.raises(ValueError, match=r"is a directory.*dcp_to_torch_save"):
+        interop.params_from(tmp_path, PARAMS, NAMES)
+    with pytest.raises(FileNotFoundError, match=r"model\.pt"):
         interop.params_from(tmp_path / "model.pt", PARAMS, NAMES)
 
 
@@ -134,9 +138,9 @@ def test_reports_all_that_is_missing_or_misshapen_at_once():
         interop.from_torch(theirs, conventions.torch().init(PARAMS), PARAMS, names, order=ORDER)
     assert str(error.value).splitlines()[1:] == [
         "  'extra' is mapped to 'fc/extra', which is no path of a parameter.",
-        "  'scale' has no name in `names`.",
+        "  'scale' has no name in `names` (nearest: 'scale').",
+        "  'fc.b' has no square_avg, which 'fc/bias' needs (nearest: 'fc.bias').",
         "  'fc.weight' has a square_avg of shape (5, 3), not (3, 5), which 'fc/kernel' needs.",
-        "  'fc.b' has no square_avg, which 'fc/bias' needs.",
     ]
 
 
@@ -221,7 +225,7 @@ def test_keras_there_and_back(in_buffer):
 def test_to_keras_reports_what_is_missing():
     variables, names = keras_variables("velocity")
     state = conventions.keras(momentum=0.9).init(PARAMS)
-    with pytest.raises(ValueError, match=r"'model/scale' has no momentum of shape \(\)"):
+    with pytest.raises(ValueError, match=r"'model_scale' has no momentum of shape \(\)"):
         interop.to_keras(state, variables, PARAMS, names)
     with pytest.raises(ValueError, match="'other' is not among the other optimizer's parameters"):
         interop.to_keras(state, variables, PARAMS, {**names, "other": "fc/bias"})

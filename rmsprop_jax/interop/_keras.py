@@ -1,18 +1,17 @@
-"""The variables of Keras's optimizer, each by its path.
+"""The variables of Keras's optimizer, see `_variables` for which is which."""
 
-{"rmsprop/sequential_dense_kernel_velocity": ..., "rmsprop/iteration": ..., "rmsprop/learning_rate": ...}
-"""
-
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optax
 
-from rmsprop_jax.interop._moments import buffer_factor, carried, named
-from rmsprop_jax.interop._names import Names, Tensors, as_numpy, load, raise_if
-
-_LABELS = {"E[g^2]": "velocity", "E[g]": "average_gradient", "b": "momentum"}
+from rmsprop_jax.interop._arrays import whole_number
+from rmsprop_jax.interop._carry import buffer_factor, carried, count_for, named
+from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
+from rmsprop_jax.interop._names import Names, Theirs, raise_if
+from rmsprop_jax.interop._report import Reporter
+from rmsprop_jax.interop._variables import LABELS, Variables, rmsprop_config, variables_of
 
 
 def from_keras(
@@ -21,27 +20,41 @@ def from_keras(
     params: optax.Params,
     names: Names,
     *,
+    order: Sequence[str] | None = None,
+    config: Mapping[str, Any] | None = None,
     learning_rate: float | None = None,
     lr_in_momentum: bool = True,
+    count: int | None = None,
+    strict: bool = True,
+    report: Reporter | None = None,
 ) -> optax.OptState:
     """The state of `keras.optimizers.RMSprop` (Keras 3) as this package's.
 
     Args:
-      variables: the optimizer's, ``{v.path: v.numpy() for v in optimizer.variables}``, or the path of a
-        safetensors file with those names.
+      variables: the optimizer's, ``{v.path: v.numpy() for v in optimizer.variables}``, also those of a
+        `LossScaleOptimizer` around it; or the path of a `.keras` or `.h5` file, or of a safetensors file with
+        those names.
       state: what ``init`` returns for the target optimizer, such as `conventions.keras`'s.
       params: the parameters.
       names: from the paths of the model's variables, such as "sequential/dense/kernel", to paths in `params`.
         Parameters it does not list are not transferred.
+      order: for a `.keras` or `.weights.h5` file, in which the optimizer's variables have no names:
+        ``[v.path for v in model.trainable_variables]``.
+      config: for a `.weights.h5` file, which has none: ``optimizer.get_config()``.
       learning_rate: the one that Keras's next step would take; by default its variable's. Only used for
         ``lr_in_momentum=False``.
       lr_in_momentum: whether the learning rate is in the buffer of the target optimizer, as in Keras's.
+      count: number of updates so far, where the variables have no `iteration`.
+      strict: as for :func:`from_torch`, with Keras's frozen layers.
+      report: as for :func:`from_torch`.
 
     Returns:
       A state as `state`. Its `nu` is a variance where it is centred, at least 0.
 
     Raises:
-      ValueError: listing every name that is missing and every shape that does not fit.
+      ValueError: listing every name that is missing, with the nearest ones, every shape that does not fit
+        and every two names that are one path to Keras, which writes "_" for "/"; for the variables of another
+        optimizer; for a file that cannot be read.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -53,16 +66,13 @@ def from_keras(
       >>> print(optax.tree.get(state, "count"), optax.tree.get(state, "nu"))
       7 {'bias': Array([1., 2.], dtype=float32)}
     """
-    ends = _ends(load(variables))
-
-    def lookup(name, what):
-        array = ends.get(_end(name, what), (None, None))[1]
-        if what != "b" or array is None:
-            return array
-        return as_numpy(array) * _buffer(ends, learning_rate, lr_in_momentum)
-
-    count = int(ends["iteration"][1]) if "iteration" in ends else 0
-    return carried(state, params, names, lookup, _LABELS, count)
+    if is_keras_file(variables) and config is None:
+        config = keras_config(variables)  # type: ignore[arg-type]
+    arrays = load(variables)
+    own = variables_of(arrays, order, rmsprop_config(config))
+    theirs = _theirs(arrays, own, learning_rate, lr_in_momentum)
+    found = None if own.iteration is None else whole_number(arrays[own.iteration], "iteration")
+    return carried(state, params, names, theirs, count_for(state, count, found), strict, report)
 
 
 def to_keras(
@@ -101,33 +111,34 @@ def to_keras(
       >>> print(interop.to_keras(state, theirs, params, {"dense/bias": "bias"}))
       {'rmsprop/iteration': array(1), 'rmsprop/dense_bias_velocity': array([1., 4.], dtype=float32)}
     """
-    ends = _ends(variables)
-    known = {name for name in names if _end(name, "E[g^2]") in ends}
-    arrays, count = named(state, params, names, known)
-    new = {**variables, **({ends["iteration"][0]: np.asarray(count)} if "iteration" in ends else {})}
+    own = variables_of(variables)
+    theirs = _theirs(variables, own, learning_rate, lr_in_momentum)
+    arrays, count = named(state, params, names, theirs)
+    new = {**variables, **({own.iteration: np.asarray(count)} if own.iteration else {})}
     problems = []
     for (what, name), array in arrays.items():
         if what == "b":
-            array = array / _buffer(ends, learning_rate, lr_in_momentum)
-        key, old = ends.get(_end(name, what), (None, None))
-        if key is None or np.shape(old) != array.shape:
-            problems.append(f"{name!r} has no {_LABELS[what]} of shape {array.shape}.")
+            array = array / theirs.factor(name)
+        key = own.places.get((name, what))
+        if key is None or np.shape(variables[key]) != array.shape:
+            problems.append(f"{name!r} has no {LABELS[what]} of shape {array.shape}.")
         else:
             new[key] = array
     raise_if(problems)
     return new
 
 
-def _ends(variables):
-    """Each variable's path and value by the last part of its path."""
-    return {path.rpartition("/")[2]: (path, value) for path, value in variables.items()}
+def _theirs(arrays: Mapping[str, Any], own: Variables, learning_rate: Any, ours_has_it: bool) -> Theirs:
+    """What is in the variables, their momentum buffers as ours."""
 
+    def lookup(name, what):
+        key = own.places.get((name, what))
+        return None if key is None else arrays[key]
 
-def _end(name, what):
-    return f"{name.replace('/', '_')}_{_LABELS[what]}"
+    def factor(name):
+        rate = learning_rate
+        if rate is None and own.learning_rate is not None:
+            rate = arrays[own.learning_rate]
+        return buffer_factor(True, ours_has_it, rate)
 
-
-def _buffer(ends, learning_rate, ours_has_it):
-    if learning_rate is None and "learning_rate" in ends:
-        learning_rate = ends["learning_rate"][1]
-    return buffer_factor(True, ours_has_it, learning_rate)
+    return Theirs(own.known, LABELS, lookup, own.find, factor)

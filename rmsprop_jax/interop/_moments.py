@@ -4,7 +4,7 @@ They leave as NumPy arrays by the keys of `_names`, the second moment always raw
 state is read and filled by its own accumulator.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,67 +16,8 @@ from rmsprop_jax import accumulators
 from rmsprop_jax._dtypes import dtype_of
 from rmsprop_jax._leaves import leaf_name, named_leaves
 from rmsprop_jax._states import is_ours, is_rms_state, raw_moment, variance
-from rmsprop_jax.interop._names import (
-    Key,
-    Names,
-    as_numpy,
-    by_paths,
-    cast,
-    matched,
-    paths,
-    placed,
-    raise_if,
-)
-
-
-def carried(
-    state: optax.OptState,
-    params: optax.Params,
-    names: Names,
-    lookup: Callable[[str, str], Any],
-    labels: Mapping[str, str],
-    count: int,
-) -> optax.OptState:
-    """`state` with what `lookup(name, what)` finds under the other framework's names, see `matched`."""
-    needed = shapes_of(state)
-    return filled(state, matched(needed, _shapes(params, needed), names, lookup, labels), count)
-
-
-def named(
-    state: optax.OptState, params: optax.Params, names: Names, known: Any
-) -> tuple[dict[Key, np.ndarray], int]:
-    """The moments in `state` by the other framework's names, laid out as there, and the count.
-
-    Raises:
-      ValueError: listing every path without a name, and every name that is not in `known`.
-    """
-    arrays, count = moments(state)
-    by_path, problems = by_paths(names, _shapes(params, shapes_of(state)), arrays)
-    problems += [
-        f"{name!r} is not among the other optimizer's parameters." for name in names if name not in known
-    ]
-    raise_if(problems)
-    theirs = {}
-    for (what, path), array in arrays.items():
-        name, axes = by_path[path]
-        theirs[what, name] = array if axes is None else array.transpose(np.argsort(axes))
-    return theirs, count
-
-
-def buffer_factor(theirs_has_it: bool, ours_has_it: bool, learning_rate: Any) -> float:
-    """The factor from their momentum buffer to ours, given which of them has the learning rate in it.
-
-    Ours is what Optax's trace holds: with the learning rate it is what is added to the parameters, -lr * b.
-    """
-    sign = -1.0 if ours_has_it else 1.0
-    if theirs_has_it == ours_has_it:
-        return sign
-    lr = 0.0 if learning_rate is None else float(learning_rate)
-    if not 0 < lr < float("inf"):
-        raise ValueError(
-            f"Invalid {learning_rate=}: the momentum buffers differ in it, expected one above 0."
-        )
-    return sign * (lr if ours_has_it else 1 / lr)
+from rmsprop_jax.interop._arrays import as_numpy, cast, placed
+from rmsprop_jax.interop._names import Key
 
 
 def shapes_of(state: optax.OptState) -> dict[Key, tuple[int, ...]]:
@@ -89,8 +30,8 @@ def shapes_of(state: optax.OptState) -> dict[Key, tuple[int, ...]]:
     }
 
 
-def moments(state: optax.OptState) -> tuple[dict[Key, np.ndarray], int]:
-    """The moments and momentum buffers in a state, and the number of updates so far.
+def moments(state: optax.OptState) -> tuple[dict[Key, np.ndarray], int | None]:
+    """The moments and momentum buffers in a state, and the number of updates so far, None if it has none.
 
     Raises:
       ValueError: where there is no RMSProp in it, or codes that no accumulator is known for.
@@ -104,18 +45,28 @@ def moments(state: optax.OptState) -> tuple[dict[Key, np.ndarray], int]:
         if is_ours(node):
             read["E[g^2]"] = _raw(node, read)
         arrays.update({(what, name): as_numpy(x) for what, xs in read.items() for name, x in xs.items()})
-    return arrays, max((int(node.count) for node in nodes if _counts(node)), default=0)
+    counts = [int(node.count) for node in nodes if _counts(node)]
+    counts += [int(node.gradient_step) for node in nodes if is_multi_steps(node)]
+    return arrays, max(counts, default=None)
 
 
 def filled(state: optax.OptState, arrays: Mapping[Key, np.ndarray], count: int) -> optax.OptState:
-    """`state` with its moments and momentum buffers from `arrays`, and every count from `count`."""
+    """`state` with its moments and momentum buffers from `arrays`, and every count from `count`.
+
+    What is not in `arrays` stays as it is.
+    """
 
     def tree_of(what, tree):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: placed(arrays[what, leaf_name(path)], x), tree
-        )
+        def leaf(path, x):
+            key = what, leaf_name(path)
+            return placed(arrays[key], x) if key in arrays else x
+
+        return jax.tree_util.tree_map_with_path(leaf, tree)
 
     def new(node):
+        if is_multi_steps(node):
+            inner = filled(node.inner_opt_state, arrays, count)
+            return node._replace(gradient_step=placed(count, node.gradient_step), inner_opt_state=inner)
         if _counts(node):
             node = node._replace(count=placed(count, node.count))
         if _is_counter(node):
@@ -150,6 +101,9 @@ def _stored(node, arrays, count):
     new = []
     for leaf, (path, old) in enumerate(leaves):
         name = leaf_name(path)
+        if ("E[g^2]", name) not in arrays:
+            new.append(old)
+            continue
         nu, accumulator = arrays["E[g^2]", name], _accumulator(node, name, old)
         if node.mu is not None:
             nu = variance(nu, _double(arrays["E[g]", name]))
@@ -192,10 +146,17 @@ def _nodes(state: optax.OptState) -> Iterator[Any]:
         yield node
         if _is_counter(node):
             yield from _nodes(_uncounted(node))
+        if is_multi_steps(node):
+            yield from _nodes(node.inner_opt_state)
+
+
+def is_multi_steps(x: Any) -> bool:
+    """Whether `x` is the state of `optax.MultiSteps`."""
+    return isinstance(x, optax.MultiStepsState)
 
 
 def _is_node(x):
-    return is_rms_state(x) or isinstance(x, optax.TraceState) or _is_counter(x)
+    return is_rms_state(x) or isinstance(x, optax.TraceState) or _is_counter(x) or is_multi_steps(x)
 
 
 def _counts(x):
@@ -211,6 +172,14 @@ def _uncounted(counter):
     return {name: value for name, value in counter._asdict().items() if name != "count"}
 
 
-def _shapes(params, needed):
-    """Of all parameters: the arrays, and what else the state has moments of, such as a Python number's."""
-    return {**{path: shape for (_, path), shape in needed.items()}, **paths(params)}
+def count_reasons(state: optax.OptState) -> Iterator[str]:
+    """What in a state depends on the number of updates."""
+    for node in _nodes(state):
+        if _is_counter(node):
+            yield "a schedule's or another count"
+        elif is_ours(node) and any(_accumulator(node, *x) for x in named_leaves(node.nu).items()):
+            yield "the accumulator's rounding"
+        elif isinstance(node, optax.TraceState) and any(
+            dtype_of(x).itemsize < 4 for x in jax.tree.leaves(node.trace)
+        ):
+            yield "the momentum buffer's rounding"

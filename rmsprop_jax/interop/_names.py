@@ -1,27 +1,48 @@
-"""Whose parameter is which, and the arrays themselves: as NumPy's, as JAX's, out of a file.
+"""Whose parameter is which.
 
 A key (what, path) says which array: `what` is "E[g^2]", "E[g]" or "b", the raw moments and the momentum
 buffer that the frameworks have in common, and `path` a leaf's name here. A dialect's labels are its own words
 for `what`.
 """
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax._dtypes import dtype_of
-from rmsprop_jax._leaves import leaf_name, named_leaves
+from rmsprop_jax._leaves import named_leaves
+from rmsprop_jax.interop._arrays import as_numpy
+from rmsprop_jax.interop._report import Report
 
 Names = Mapping[str, str | tuple[str, Sequence[int]]]
-Tensors = Mapping[str, Any] | str | os.PathLike
 
 Key = tuple[str, str]
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Theirs(NamedTuple):
+    """What the other framework has.
+
+    Attributes:
+      known: the names of its parameters.
+      labels: its words for each `what`, those of the second moment first.
+      lookup: an array by one of `known` and `what`, None where it has none.
+      find: which of `known` a name in `names` is, None if none.
+      factor: from its momentum buffer, one of `known`'s, to ours.
+    """
+
+    known: Collection[str]
+    labels: Mapping[str, str]
+    lookup: Callable[[str, str], Any]
+    find: Callable[[str], str | None]
+    factor: Callable[[str], float] = lambda name: 1.0
+
+    def has(self, name: str) -> bool:
+        """Whether one of `known` has a state at all."""
+        return any(self.lookup(name, what) is not None for what in self.labels)
 
 
 def paths(tree: optax.Params) -> dict[str, tuple[int, ...]]:
@@ -33,89 +54,117 @@ def paths(tree: optax.Params) -> dict[str, tuple[int, ...]]:
       >>> interop.paths({"fc": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}})
       {'fc/bias': (2,), 'fc/kernel': (3, 2)}
     """
-    return {name: leaf.shape for name, leaf in named_leaves(tree).items() if _is_array(leaf)}
+    return {name: leaf.shape for name, leaf in named_leaves(tree).items() if is_array(leaf)}
 
 
-def params_from(tensors: Tensors, params: optax.Params, names: Names) -> optax.Params:
-    """Parameters from another framework's: `params` with every array replaced.
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array of numbers or its shape: of NumPy or JAX, but none of random keys."""
+    return hasattr(x, "shape") and isinstance(getattr(x, "dtype", None), np.dtype)
 
-    Args:
-      tensors: arrays of NumPy, PyTorch or Keras by their name, such as ``model.state_dict()``, or the path
-        of a safetensors file; those that `names` does not list are not transferred.
-      params: the tree to fill; dtypes and shardings are its arrays'. Leaves that are no arrays, such as an
-        Equinox module's functions, stay as they are.
-      names: from their names to paths in `params`, see the module.
 
-    Returns:
-      A tree as `params`.
+def finder(known: Collection[str]) -> Callable[[str], str | None]:
+    """`find` of PyTorch's names, with and without what `torch.compile`, DDP and FSDP put before them."""
+    bare: dict[str, list[str]] = {}
+    for name in known:
+        bare.setdefault(_bare(name), []).append(name)
 
-    Raises:
-      ValueError: listing every name that is missing and every shape that does not fit.
+    def find(name):
+        if name in known:
+            return name
+        found = bare.get(_bare(name), [])
+        return found[0] if len(found) == 1 else None
 
-    Example:
-      >>> import jax.numpy as jnp, numpy as np
-      >>> from rmsprop_jax import interop
-      >>> tensors = {"fc.weight": np.array([[1.0, 2.0, 3.0]])}
-      >>> interop.params_from(tensors, {"kernel": jnp.zeros((3, 1))}, {"fc.weight": ("kernel", (1, 0))})
-      {'kernel': Array([[1.],
-             [2.],
-             [3.]], dtype=float32)}
-    """
-    loaded, shapes = load(tensors), paths(params)
-    needed = {("tensor", name): shape for name, shape in shapes.items()}
-    arrays = matched(needed, shapes, names, lambda name, what: loaded.get(name), {"tensor": "tensor"})
+    return find
 
-    def filled(path, p):
-        return placed(arrays["tensor", leaf_name(path)], p) if _is_array(p) else p
 
-    return jax.tree_util.tree_map_with_path(filled, params)
+def _bare(name):
+    name = re.sub(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
+    return name.removeprefix("module.")
 
 
 def matched(
     needed: Mapping[Key, tuple[int, ...]],
     shapes: Shapes,
     names: Names,
-    lookup: Callable[[str, str], Any],
-    labels: Mapping[str, str],
-) -> dict[Key, np.ndarray]:
-    """The arrays that are needed, laid out as here, out of what `lookup(their name, what)` finds.
+    theirs: Theirs,
+    strict: bool = True,
+    pairs: Collection[str] = (),
+) -> tuple[dict[Key, np.ndarray], Report]:
+    """The arrays that are needed, laid out as here.
 
     Args:
       needed: the shape of each.
       shapes: of all parameters, by path.
       names: from their names to paths.
-      lookup: an array of the other framework's, None where it has none.
-      labels: its words for each `what`, those of the second moment first.
+      theirs: where the arrays come from.
+      strict: whether every parameter has to have a name, a place and a state.
+      pairs: the paths of complex parameters that are two reals, here as there.
 
     Raises:
-      ValueError: listing all that is missing, left over or misshapen.
+      ValueError: listing all that is missing, left over or misshapen; with ``strict=False`` all that is there
+        in part or does not fit, or that nothing at all is left.
     """
-    by_path, problems = by_paths(names, shapes, needed)
-    found = {}
+    by_path, problems, lax = by_paths(names, shapes, needed, theirs.known)
+    found: dict[Key, np.ndarray] = {}
+    taken: dict[str, str] = {}
+    wanted = dict.fromkeys(path for _, path in needed)
     for path, (name, axes) in by_path.items():
-        for what, label in labels.items():
-            array = lookup(name, what)
-            if (what, path) not in needed:
-                if array is not None and (next(iter(labels)), path) in needed:
-                    problems.append(f"{name!r} has {_a(label)}, for which this optimizer has no place.")
-            elif array is None:
-                problems.append(f"{name!r} has no {label}, which {path!r} needs.")
-            elif (problem := _misfit(array := as_numpy(array), axes, needed[what, path], what)) is not None:
-                problems.append(f"{name!r} has {_a(label)} {problem}, which {path!r} needs.")
-            else:
-                found[what, path] = array if axes is None else array.transpose(axes)
-    raise_if(problems)
-    return found
+        source = theirs.find(name)
+        if source is not None and taken.setdefault(source, name) != name:
+            problems.append(f"{name!r} and {taken[source]!r} are both {source!r} there: which is it?")
+        elif source is None or not theirs.has(source):
+            if path in wanted:
+                label = next(iter(theirs.labels.values()))
+                near = "" if source is not None else nearest(name, theirs.known)
+                lax.append(f"{name!r} has no {label}, which {path!r} needs{near}.")
+        else:
+            problems += _taken(found, needed, path, name, axes, source, theirs, path in pairs)
+    if not found:
+        strict = True
+    raise_if([*lax, *problems] if strict else problems)
+    carried = tuple(dict.fromkeys(path for _, path in found))
+    kept = tuple(path for path in wanted if path not in set(carried))
+    sources = {theirs.find(by_path[path][0]) for path in carried}
+    left = tuple(name for name in theirs.known if name not in sources and theirs.has(name))
+    return found, Report(carried, kept, left)
 
 
-def by_paths(names: Names, shapes: Shapes, needed: Iterable[Key]) -> tuple[dict[str, tuple], list[str]]:
-    """{path: (their name, axes or None)}, and what is wrong with `names`."""
-    by_path: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+def _taken(found, needed, path, name, axes, source, theirs, is_pair):
+    """Adds one parameter's arrays to `found`, and returns what is wrong with them."""
     problems = []
+    for what, label in theirs.labels.items():
+        array = theirs.lookup(source, what)
+        if (what, path) not in needed:
+            if array is not None and (next(iter(theirs.labels)), path) in needed:
+                problems.append(f"{name!r} has {_a(label)}, for which this optimizer has no place.")
+            continue
+        if array is None:
+            problems.append(f"{name!r} has no {label}, which {path!r} needs.")
+            continue
+        try:
+            array = as_numpy(array)
+        except ValueError as error:
+            problems.append(f"{name!r} has {_a(label)} of type {error}.")
+            continue
+        if (problem := _misfit(array, axes, needed[what, path], what, is_pair)) is not None:
+            problems.append(f"{name!r} has {_a(label)} {problem}, which {path!r} needs.")
+        else:
+            array = array * theirs.factor(source) if what == "b" else array
+            found[what, path] = array if axes is None else array.transpose(axes)
+    return problems
+
+
+def by_paths(
+    names: Names, shapes: Shapes, needed: Iterable[Key], known: Iterable[str] = ()
+) -> tuple[dict[str, tuple], list[str], list[str]]:
+    """{path: (their name, axes or None)}; what is wrong with `names`, and what is in part."""
+    by_path: dict[str, tuple[str, tuple[int, ...] | None]] = {}
+    problems, lax = [], []
     for name, target in names.items():
         path, axes = (target, None) if isinstance(target, str) else (target[0], tuple(target[1]))
         if path not in shapes:
-            problems.append(f"{name!r} is mapped to {path!r}, which is no path of a parameter.")
+            near = nearest(path, shapes)
+            lax.append(f"{name!r} is mapped to {path!r}, which is no path of a parameter{near}.")
         elif path in by_path:
             problems.append(f"{name!r} is mapped to {path!r}, as {by_path[path][0]!r} is.")
         elif axes is not None and sorted(axes) != list(range(len(shapes[path]))):
@@ -123,7 +172,16 @@ def by_paths(names: Names, shapes: Shapes, needed: Iterable[Key]) -> tuple[dict[
         else:
             by_path[path] = name, axes
     unnamed = dict.fromkeys(path for _, path in needed if path not in by_path)
-    return by_path, problems + [f"{path!r} has no name in `names`." for path in unnamed]
+    rest = [name for name in known if name not in names]
+    lax += [f"{path!r} has no name in `names`{nearest(path, rest)}." for path in unnamed]
+    return by_path, problems, lax
+
+
+def nearest(name: str, others: Iterable[str]) -> str:
+    """What to add to a sentence about a name that is not among the others."""
+    near = difflib.get_close_matches(name.replace("/", "."), [x.replace("/", ".") for x in others], n=3)
+    originals = {x.replace("/", "."): x for x in others}
+    return f" (nearest: {', '.join(repr(originals[x]) for x in near)})" if near else ""
 
 
 def raise_if(problems: Sequence[str]) -> None:
@@ -131,9 +189,13 @@ def raise_if(problems: Sequence[str]) -> None:
         raise ValueError("\n  ".join(["The states do not fit:", *problems]))
 
 
-def _misfit(array, axes, shape, what):
-    if what == "E[g^2]" and np.iscomplexobj(array):
-        return "of complex numbers (two reals there), not of real ones"
+def _misfit(array, axes, shape, what, is_pair):
+    if what == "E[g^2]" and np.iscomplexobj(array) and not is_pair:
+        return (
+            "of complex numbers (two reals there: optax.contrib.split_real_and_imaginary), not of real ones"
+        )
+    if is_pair and not np.iscomplexobj(array):
+        return "of real numbers, not of complex ones"
     if axes is not None and array.ndim == len(axes):
         expected = tuple(shape[axes.index(axis)] for axis in range(len(axes)))
     else:
@@ -143,47 +205,3 @@ def _misfit(array, axes, shape, what):
 
 def _a(label):
     return f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
-
-
-# Arrays.
-
-
-def as_numpy(x: Any) -> np.ndarray:
-    """A NumPy array of float32 at least, of an array of NumPy, JAX, PyTorch or Keras."""
-    if hasattr(x, "detach"):
-        x = x.detach().cpu()
-        x = x.float() if x.is_floating_point() and x.element_size() < 4 else x
-    x = np.asarray(x)
-    return x if x.dtype.kind in "fc" and x.dtype.itemsize >= 4 else x.astype(np.float32)
-
-
-def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`x` in `dtype`; what is finite stays finite."""
-    if x.dtype != dtype and x.dtype.kind == "f" and jnp.issubdtype(dtype, jnp.floating):
-        limit = float(jnp.finfo(dtype).max)
-        x = np.clip(x, -limit, limit)
-    return x.astype(dtype)
-
-
-def placed(x: Any, old: Any) -> jax.Array:
-    """`x` as a JAX array with the dtype and the sharding of `old`, an array or its shape alone."""
-    sharding = getattr(old, "sharding", None) if getattr(old, "committed", True) else None
-    return jax.device_put(cast(np.asarray(x), dtype_of(old)), sharding)
-
-
-def load(tensors: Tensors) -> Mapping[str, Any]:
-    """The dictionary itself, or the contents of a safetensors file."""
-    if isinstance(tensors, Mapping):
-        return tensors
-    if not str(tensors).endswith(".safetensors"):
-        raise ValueError(
-            f"Invalid file: {str(tensors)!r}, expected a dictionary of arrays or a .safetensors file."
-        )
-    from safetensors.numpy import load_file
-
-    return load_file(tensors)
-
-
-def _is_array(x):
-    """Whether `x` is an array of numbers or its shape: of NumPy or JAX, but none of random keys."""
-    return hasattr(x, "shape") and isinstance(getattr(x, "dtype", None), np.dtype)

@@ -1,30 +1,46 @@
 """The states of `optax.rmsprop`, whose tree is the parameters', as here."""
 
+import jax
+import numpy as np
 import optax
 
-from rmsprop_jax.interop._moments import filled, moments, shapes_of
-from rmsprop_jax.interop._names import matched
+from rmsprop_jax.interop._arrays import placed
+from rmsprop_jax.interop._carry import count_for
+from rmsprop_jax.interop._moments import filled, is_multi_steps, moments, shapes_of
+from rmsprop_jax.interop._names import Theirs, matched
+from rmsprop_jax.interop._report import Reporter, tell
 
 _LABELS = {"E[g^2]": "nu", "E[g]": "mu", "b": "trace"}
 
 
 def from_optax(
-    optax_state: optax.OptState, state: optax.OptState, *, count: int | None = None
+    optax_state: optax.OptState,
+    state: optax.OptState,
+    *,
+    count: int | None = None,
+    strict: bool = True,
+    report: Reporter | None = None,
 ) -> optax.OptState:
     """The state of `optax.rmsprop` as this package's; the parameters' tree is the same.
 
     Args:
-      optax_state: a state of Optax's RMSProp, inside any chain.
+      optax_state: a state of Optax's RMSProp, inside any chain. Of `optax.MultiSteps` what it has gathered
+        so far goes over too.
       state: what ``init`` returns for the target optimizer. Its momentum buffer is Optax's as it is, so
         both have the learning rate in it, or neither.
-      count: number of updates so far. By default Optax's: it counts them where there is a schedule or bias
-        correction, else this is 0.
+      count: number of updates so far. By default Optax's, which counts them where there is a schedule or bias
+        correction. To be given where it does not and the target has a schedule, rounds what it stores, or
+        corrects the bias; the last does not show in a state, and a count of 0 is logged.
+      strict: as for :func:`from_torch`: False leaves what only one of the two trees has.
+      report: as for :func:`from_torch`.
 
     Returns:
       A state as `state`.
 
     Raises:
-      ValueError: listing every path where the two do not have the same accumulators, of the same shapes.
+      ValueError: listing every path where the two do not have the same accumulators, of the same shapes; for
+        a count that is missing; for a state in mid-accumulation of `optax.MultiSteps` where the target has
+        none.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -36,7 +52,8 @@ def from_optax(
       ScaleByRmsState(count=Array(1, dtype=int32), nu=Array([1, 4], dtype=bfloat16), mu=None)
     """
     arrays, counted = moments(optax_state)
-    return _carried_over(state, arrays, counted if count is None else count)
+    found = count_for(state, count, counted, always=False)
+    return _carried_over(state, optax_state, arrays, found, strict, report)
 
 
 def to_optax(state: optax.OptState, optax_state: optax.OptState) -> optax.OptState:
@@ -61,13 +78,59 @@ def to_optax(state: optax.OptState, optax_state: optax.OptState) -> optax.OptSta
       >>> print(state.nu, theirs.nu, state.mu)  # the variance, the raw moment, the mean
       [0.75 3.  ] [1. 4.] [0.5 1. ]
     """
-    return _carried_over(optax_state, *moments(state))
+    arrays, count = moments(state)
+    return _carried_over(optax_state, state, arrays, count or 0)
 
 
-def _carried_over(state, arrays, count):
-    """`state` with the arrays, which have its paths for names."""
+def _carried_over(state, source, arrays, count, strict=True, report=None):
+    """`state` with the arrays, which have its paths for names, and with what `source` has accumulated."""
     needed = shapes_of(state)
     shapes = {path: shape for (_, path), shape in needed.items()}
-    names = {path: path for path in shapes}
-    found = matched(needed, shapes, names, lambda name, what: arrays.get((what, name)), _LABELS)
-    return filled(state, found, count)
+    known = dict.fromkeys(path for _, path in arrays)
+    theirs = Theirs(
+        known,
+        _LABELS,
+        lambda name, what: arrays.get((what, name)),
+        lambda name: name if name in known else None,
+    )
+    found, told = matched(needed, shapes, {path: path for path in shapes}, theirs, strict)
+    new = _accumulated(filled(state, found, count), source)
+    tell(told, report, strict)
+    return new
+
+
+def _accumulated(state, source):
+    """`state` with what each `optax.MultiSteps` in `source` has gathered."""
+
+    def of(tree):
+        return [x for x in jax.tree.leaves(tree, is_leaf=is_multi_steps) if is_multi_steps(x)]
+
+    theirs, ours = of(source), of(state)
+    if len(theirs) != len(ours):
+        if steps := [int(x.mini_step) for x in theirs if int(x.mini_step)]:
+            raise ValueError(
+                f"The states do not fit: one is at mini_step {steps[0]} of optax.MultiSteps, its acc_grads "
+                "half full, and the other has no place for them: finish the update, or wrap it in one too."
+            )
+        return state
+    sources = iter(theirs)
+
+    def new(node):
+        if not is_multi_steps(node):
+            return node
+        other = next(sources)
+        if _shapes(other.acc_grads) != _shapes(node.acc_grads):
+            if int(other.mini_step) == 0:
+                return node
+            raise ValueError("The states do not fit: acc_grads of optax.MultiSteps are of different trees.")
+        return node._replace(
+            mini_step=placed(other.mini_step, node.mini_step),
+            gradient_step=placed(other.gradient_step, node.gradient_step),
+            acc_grads=jax.tree.map(placed, other.acc_grads, node.acc_grads),
+        )
+
+    return jax.tree.map(new, state, is_leaf=is_multi_steps)
+
+
+def _shapes(tree):
+    return jax.tree.map(np.shape, tree)

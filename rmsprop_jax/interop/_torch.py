@@ -1,8 +1,4 @@
-"""The state of PyTorch's optimizers, by position or by name.
-
-{"state": {index: {"square_avg": ...}}, "param_groups": [{"params": [index, ...], "lr": ...}]}
-{"state.fc.weight.square_avg": ..., "param_groups.fc.weight.lr": ...}
-"""
+"""The state of PyTorch's optimizers, see `_checkpoints` for its forms."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +6,11 @@ from typing import Any
 import numpy as np
 import optax
 
-from rmsprop_jax.interop._moments import buffer_factor, carried, named
-from rmsprop_jax.interop._names import Names, Tensors, as_numpy, load
+from rmsprop_jax.interop._carry import buffer_factor, carried, count_for, named
+from rmsprop_jax.interop._checkpoints import Entry, entries_of, stepped
+from rmsprop_jax.interop._files import Tensors, load
+from rmsprop_jax.interop._names import Names, Theirs, finder
+from rmsprop_jax.interop._report import Reporter
 
 _LABELS = {"E[g^2]": "square_avg", "E[g]": "grad_avg", "b": "momentum_buffer"}
 
@@ -25,29 +24,41 @@ def from_torch(
     order: Sequence[str] | None = None,
     learning_rate: float | None = None,
     lr_in_momentum: bool | None = None,
+    count: int | None = None,
+    strict: bool = True,
+    report: Reporter | None = None,
 ) -> optax.OptState:
     """The state of `torch.optim.RMSprop`, or of timm's or Stable-Baselines3's, as this package's.
 
     Args:
-      optimizer_state: ``optimizer.state_dict()``, or its flat form, ``{"state.fc.weight.square_avg": ...}``
-        as `torch.distributed.checkpoint` has it, or the path of a safetensors file in that form.
+      optimizer_state: ``optimizer.state_dict()``, or its form by names or flat,
+        ``{"state.fc.weight.square_avg": ...}``, as `torch.distributed.checkpoint` and FSDP have it; what
+        Lightning, Accelerate and others put around it; or the path of a file of any of these, see the module.
       state: what ``init`` returns for the target optimizer, such as `conventions.torch`'s.
       params: the parameters.
       names: from PyTorch's parameter names to paths in `params`, see the module. Parameters it does not list
-        are not transferred.
+        are not transferred. What `torch.compile`, DDP and FSDP put before a name (`_orig_mod.`, `module.`)
+        may be there or not.
       order: the names of the parameters that PyTorch's optimizer was given, in its order, by which its state
-        counts them: ``[name for name, _ in model.named_parameters()]``. Not needed where the state has the
-        names itself (the flat form, or an optimizer that was built from ``named_parameters()``).
+        counts them: ``[name for name, _ in model.named_parameters()]``, or group after group. Not needed
+        where the state has the names itself (an optimizer that was built from ``named_parameters()``, or
+        the forms by names).
       learning_rate: the one that PyTorch's next step would take; by default ``param_groups``'. Only used
         where one of the two momentum buffers has it in and the other has not.
       lr_in_momentum: whether the learning rate is in the buffer of the target optimizer, the argument
         of :func:`rmsprop_jax.rmsprop`; by default as in PyTorch's, where only timm's has it in.
+      count: number of updates so far, where the state does not say; by default its largest `step`.
+      strict: False leaves parameters that have no state there (a new head, a frozen layer, one that was never
+        stepped) or no name in `names` as they are in `state`.
+      report: called with the :class:`Report` of what was carried over; by default it is logged, to
+        ``logging.getLogger("rmsprop_jax.interop")``, where `strict` is False.
 
     Returns:
       A state as `state`. Its `nu` is a variance where it is centred, at least 0.
 
     Raises:
-      ValueError: listing every name that is missing and every shape that does not fit.
+      ValueError: listing every name that is missing, with the nearest ones, and every shape that does not
+        fit; for what is no state of RMSProp's, saying what it is; for a file that cannot be read.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -63,17 +74,10 @@ def from_torch(
       >>> print(optax.tree.get(state, "count"), optax.tree.get(state, "nu")["kernel"].T)
       7 [[1. 2. 3.]]
     """
-    entries = _entries(load(optimizer_state), order)
-
-    def lookup(name, what):
-        entry = entries.get(name, {})
-        array = entry.get(_LABELS[what])
-        if what != "b" or array is None:
-            return array
-        return as_numpy(array) * _buffer(entry, learning_rate, lr_in_momentum)
-
-    count = max((int(e["step"]) for name, e in entries.items() if name in names and "step" in e), default=0)
-    return carried(state, params, names, lookup, _LABELS, count)
+    entries = entries_of(load(optimizer_state), order)
+    theirs = _theirs(entries, learning_rate, lr_in_momentum)
+    count = count_for(state, count, stepped(entries))
+    return carried(state, params, names, theirs, count, strict, report)
 
 
 def to_torch(
@@ -85,21 +89,25 @@ def to_torch(
     order: Sequence[str] | None = None,
     learning_rate: float | None = None,
     lr_in_momentum: bool | None = None,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """This package's state as that of `torch.optim.RMSprop`, for ``optimizer.load_state_dict``.
 
     Args:
       state: this package's, inside any chain.
-      optimizer_state: ``optimizer.state_dict()`` of the target optimizer, which may be new.
+      optimizer_state: ``optimizer.state_dict()`` of the target optimizer, which may be new, with any groups;
+        or that of `torch.distributed.checkpoint` by names.
       params: the parameters.
       names: as for :func:`from_torch`.
       order: as for :func:`from_torch`.
       learning_rate: as for :func:`from_torch`, of the next step.
       lr_in_momentum: whether the learning rate is in the buffer in `state`.
+      strict: False leaves out what has no name in `names`, or no parameter there, which keep their state.
 
     Returns:
       A new dictionary as `optimizer_state`, with PyTorch's tensors in place of the parameters' states:
-      float32, or float64 where `state` is.
+      float32, or float64 where `state` is. Parameters without a moment in `state`, such as masked ones, keep
+      theirs.
 
     Raises:
       ValueError: listing every name that is missing.
@@ -108,52 +116,33 @@ def to_torch(
 
     if "param_groups" not in optimizer_state:
         raise ValueError("Invalid optimizer_state: it has no param_groups, expected optimizer.state_dict().")
-    entries = _entries(optimizer_state, order)
-    arrays, count = named(state, params, names, entries)
-    new: dict[str, dict[str, Any]] = {}
+    entries = entries_of(optimizer_state, order)
+    theirs = _theirs(entries, learning_rate, lr_in_momentum)
+    arrays, count = named(state, params, names, theirs, strict)
+    new: dict[Any, dict[str, Any]] = {}
     for (what, name), array in arrays.items():
+        entry = entries[name]
         if what == "b":
-            array = array / _buffer(entries[name], learning_rate, lr_in_momentum)
-        entry = new.setdefault(name, {"step": torch.tensor(float(count))})
-        entry[_LABELS[what]] = torch.from_numpy(np.array(array))
-    indexed = {entries[name]["index"]: entry for name, entry in new.items()}
-    return {**optimizer_state, "state": {**optimizer_state["state"], **indexed}}
+            array = array / theirs.factor(name)
+        step = count if isinstance(entry.state.get("step"), int) else torch.tensor(float(count))
+        own = new.setdefault(entry.key, {"step": step})
+        own[_LABELS[what]] = torch.from_numpy(np.array(array))
+    return {**optimizer_state, "state": {**optimizer_state["state"], **new}}
 
 
-def _entries(optimizer_state, order):
-    """Each parameter's state by its name, with its group's lr and lr_in_momentum and its index."""
-    if "param_groups" not in optimizer_state:
-        entries: dict[str, dict[str, Any]] = {}
-        for key, value in optimizer_state.items():
-            kind, _, rest = key.partition(".")
-            name, _, what = rest.rpartition(".")
-            if kind in ("state", "param_groups") and name:
-                entries.setdefault(name, {})[what] = value
-        return entries
+def _theirs(entries: Mapping[str, Entry], learning_rate: Any, lr_in_momentum: bool | None) -> Theirs:
+    """What is in a checkpoint, its momentum buffers as ours."""
 
-    groups = optimizer_state["param_groups"]
-    if order is None and all("param_names" in group for group in groups):
-        order = [name for group in groups for name in group["param_names"]]
-    if order is None:
-        raise ValueError(
-            "PyTorch's state counts its parameters and does not name them: "
-            "pass order=[name for name, _ in model.named_parameters()]."
-        )
-    placed = [(index, group) for group in groups for index in group["params"]]
-    if len(placed) != len(order):
-        raise ValueError(f"order has {len(order)} names, PyTorch's optimizer {len(placed)} parameters.")
-    return {
-        name: {
-            **optimizer_state["state"].get(index, {}),
-            "index": index,
-            "lr": group["lr"],
-            "lr_in_momentum": group.get("lr_in_momentum", False),
-        }
-        for name, (index, group) in zip(order, placed, strict=True)
-    }
+    def lookup(name, what):
+        return entries[name].state.get(_LABELS[what])
+
+    def factor(name):
+        return _buffer(entries[name], learning_rate, lr_in_momentum)
+
+    return Theirs(entries, _LABELS, lookup, finder(entries), factor)
 
 
 def _buffer(entry, learning_rate, ours_has_it):
-    theirs_has_it = bool(entry.get("lr_in_momentum", False))
-    learning_rate = entry.get("lr") if learning_rate is None else learning_rate
+    theirs_has_it = bool(entry.group.get("lr_in_momentum", False))
+    learning_rate = entry.group.get("lr") if learning_rate is None else learning_rate
     return buffer_factor(theirs_has_it, theirs_has_it if ours_has_it is None else ours_has_it, learning_rate)

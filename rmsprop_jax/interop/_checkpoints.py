@@ -1,0 +1,188 @@
+"""What a PyTorch checkpoint has of each parameter, in whichever form and at whichever depth it lies there.
+
+{"state": {index: {"square_avg": ...}}, "param_groups": [{"params": [index, ...], "lr": ...}]}
+{"state": {name: {"square_avg": ...}}, "param_groups": [{"params": [name, ...], "lr": ...}]}
+{"state.fc.weight.square_avg": ..., "param_groups.fc.weight.lr": ...}
+
+The second and third are those of `torch.distributed.checkpoint` and FSDP. Lightning has
+``optimizer_states``, a list, around it, Accelerate and others ``optimizer``, also as a prefix.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rmsprop_jax.interop._arrays import whole_number
+
+_NESTS = ("optimizer_states", "optimizer", "optimizer_state_dict")
+_OTHERS = {
+    "exp_avg": "Adam's",
+    "exp_inf": "Adamax's",
+    "acc_delta": "Adadelta's",
+    "sum": "Adagrad's",
+    "prev": "Rprop's",
+}
+
+
+class Entry(NamedTuple):
+    """One parameter of the optimizer's.
+
+    Attributes:
+      state: its own, empty where it has none.
+      group: the hyper-parameters of its group.
+      number: of its group.
+      key: by which PyTorch's `state` has it.
+    """
+
+    state: Mapping[str, Any]
+    group: Mapping[str, Any]
+    number: int
+    key: Any
+
+
+def entries_of(checkpoint: Any, order: Sequence[str] | None = None) -> dict[str, Entry]:
+    """Each parameter of the optimizer's by its name.
+
+    Raises:
+      ValueError: for what is no optimizer's state, saying what it is, and for a missing or wrong `order`.
+    """
+    optimizer_state = _unwrapped(checkpoint, "optimizer_state")
+    if "param_groups" not in optimizer_state:
+        return _numbered(_flat(optimizer_state), order)
+    groups, states = optimizer_state["param_groups"], optimizer_state["state"]
+    if not (isinstance(groups, list | tuple) and all(_is_group(group) for group in groups)):
+        raise ValueError("Invalid optimizer_state: its param_groups are no list of groups with 'params'.")
+    if not (isinstance(states, Mapping) and all(isinstance(x, Mapping) for x in states.values())):
+        raise ValueError("Invalid optimizer_state: its 'state' is no dictionary of dictionaries.")
+    places = [(key, number) for number, group in enumerate(groups) for key in group["params"]]
+    names = _names(places, groups, order)
+    entries: dict[str, Entry] = {}
+    for name, (key, number) in zip(names, places, strict=True):
+        if name in entries:
+            raise ValueError(f"Invalid optimizer_state: it has two parameters named {name!r}.")
+        group = {k: v for k, v in groups[number].items() if k not in ("params", "param_names")}
+        entries[name] = Entry(states.get(key, {}), group, number, key)
+    return entries
+
+
+def stepped(entries: Mapping[str, Entry]) -> int | None:
+    """The number of updates so far, the most of any parameter; None where none says.
+
+    Raises:
+      ValueError: for an optimizer that is none of RMSProp's, or has no state at all.
+    """
+    with_state = [entry.state for entry in entries.values() if entry.state]
+    if not with_state:
+        raise ValueError("Invalid optimizer_state: it is empty, its optimizer has not taken a step.")
+    keys = dict.fromkeys(str(key) for state in with_state for key in state)
+    other = next((whose for key, whose in _OTHERS.items() if key in keys), None)
+    if other or "square_avg" not in keys:
+        found = ", ".join(map(repr, keys))
+        raise ValueError(
+            f"Invalid optimizer_state: it is {other or 'that of another optimizer'}, with {found}, "
+            "expected RMSprop's, with 'square_avg'."
+        )
+    steps = [whole_number(state["step"], "step") for state in with_state if "step" in state]
+    return max(steps, default=None)
+
+
+def _unwrapped(checkpoint, place):
+    """The optimizer's state at a known place in a checkpoint."""
+    if _is_state(checkpoint):
+        return checkpoint
+    if isinstance(checkpoint, list | tuple) and len(checkpoint) == 1:
+        return _unwrapped(checkpoint[0], f"{place}[0]")
+    if isinstance(checkpoint, Mapping):
+        prefixed = {
+            k.removeprefix("optimizer."): v for k, v in checkpoint.items() if _starts(k, "optimizer.")
+        }
+        if _is_state(prefixed):
+            return prefixed
+        nests = [key for key in _NESTS if isinstance(checkpoint.get(key), Mapping | list | tuple)]
+        if len(nests) == 1:
+            return _unwrapped(checkpoint[nests[0]], f"{place}[{nests[0]!r}]")
+    hints = [f"{place}{where}" for where in _places(checkpoint)]
+    hint = f": pass {' or '.join(hints)}" if hints else ""
+    raise ValueError(f"Invalid {place}: it is {_what(checkpoint)}, expected optimizer.state_dict(){hint}.")
+
+
+def _is_state(x):
+    return isinstance(x, Mapping) and (
+        ("state" in x and "param_groups" in x) or any(_starts(key, "state.") for key in x)
+    )
+
+
+def _is_group(x):
+    return isinstance(x, Mapping) and isinstance(x.get("params"), list | tuple)
+
+
+def _starts(key, prefix):
+    return isinstance(key, str) and key.startswith(prefix)
+
+
+def _places(x: Any, depth: int = 4) -> Iterator[str]:
+    """Where in it an optimizer's state is."""
+    if _is_state(x):
+        yield ""
+    elif depth:
+        items = x.items() if isinstance(x, Mapping) else enumerate(x) if isinstance(x, list | tuple) else ()
+        for key, value in items:
+            for place in _places(value, depth - 1):
+                yield f"[{key!r}]{place}"
+
+
+def _what(x):
+    if not isinstance(x, Mapping):
+        return f"a {type(x).__name__}" + (f" of {len(x)}" if isinstance(x, list | tuple) else "")
+    keys = ", ".join(map(repr, list(x)[:4])) + (", ..." if len(x) > 4 else "")
+    if not x:
+        return "an empty dictionary"
+    if "state" in x:
+        return "an optimizer's state without param_groups"
+    if all(isinstance(value, Mapping) and not _is_state(value) for value in x.values()) and any(
+        key in value for value in x.values() for key in ("square_avg", *_OTHERS)
+    ):
+        return f"the 'state' of an optimizer alone, with {keys}"
+    if all(hasattr(value, "shape") for value in x.values()):
+        return f"a dictionary of arrays, with {keys}, as a model's state_dict"
+    return f"a dictionary with {keys}"
+
+
+def _flat(state):
+    states: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        for kind, entries in (("state.", states), ("param_groups.", settings)):
+            name, _, what = key.removeprefix(kind).rpartition(".") if _starts(key, kind) else ("", "", "")
+            if name:
+                entries.setdefault(name, {})[what] = value
+    numbers: dict[str, int] = {}
+    flat = {}
+    for name in dict.fromkeys([*states, *settings]):
+        group = settings.get(name, {})
+        number = numbers.setdefault(repr(sorted(group.items())), len(numbers))
+        flat[name] = Entry(states.get(name, {}), group, number, name)
+    return flat
+
+
+def _numbered(entries, order):
+    """Entries by their names in `order`, where the flat form has numbers for names."""
+    if order is None or not all(name.isdecimal() for name in entries):
+        return entries
+    if any(int(name) >= len(order) for name in entries):
+        raise ValueError(f"order has {len(order)} names, PyTorch's optimizer a parameter {max(entries)}.")
+    return {order[int(name)]: entry for name, entry in entries.items()}
+
+
+def _names(places, groups, order):
+    if places and all(isinstance(key, str) for key, _ in places):
+        return [key for key, _ in places]
+    if order is None and all("param_names" in group for group in groups):
+        order = [name for group in groups for name in group["param_names"]]
+    if order is None:
+        raise ValueError(
+            "PyTorch's state counts its parameters and does not name them: "
+            "pass order=[name for name, _ in model.named_parameters()]."
+        )
+    if len(places) != len(order):
+        raise ValueError(f"order has {len(order)} names, PyTorch's optimizer {len(places)} parameters.")
+    return order

@@ -1,0 +1,154 @@
+"""Arrays out of files, by their names there. Nothing is unpickled but by PyTorch's `weights_only`.
+
+=============================  ==========================================================================
+.safetensors                   safetensors
+.pt, .pth, .ckpt, .bin, .tar   PyTorch's, by ``torch.load(weights_only=True)``: tensors and plain values
+.keras, .h5, .hdf5             Keras', by h5py: of a `.keras` file the weights in it, and its JSON
+=============================  ==========================================================================
+
+A file that is cut or altered is refused as far as its format has checksums (`.keras` and PyTorch's do) or
+its reader finds out. `.h5` has none, and some that are altered keep the HDF5 library busy for ever.
+"""
+
+import importlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Tensors = Mapping[str, Any] | str | os.PathLike
+
+_TORCH = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+_HDF5 = (".h5", ".hdf5")
+
+
+def load(tensors: Tensors) -> Mapping[str, Any]:
+    """The dictionary itself, or the contents of a file.
+
+    Raises:
+      ValueError: for a file that is of another kind, or cut or altered.
+      ImportError: where the package that reads the file is not installed.
+    """
+    if not isinstance(tensors, str | os.PathLike):
+        return tensors
+    path = os.fspath(tensors)
+    reader = _reader(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"No such file: {path!r}.")
+    try:
+        return reader(path)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # readers of cut and altered files raise anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"Invalid file: {path!r} cannot be read: {reason:.300}") from error
+
+
+def is_keras_file(tensors: Any) -> bool:
+    """Whether it is the path of a file of Keras's."""
+    return isinstance(tensors, str | os.PathLike) and os.fspath(tensors).endswith((".keras", *_HDF5))
+
+
+def keras_config(path: str | os.PathLike) -> Mapping[str, Any] | None:
+    """What a `.keras` or `.h5` file says of its optimizer, ``{"class_name": ..., "config": ...}``, or None.
+
+    Raises:
+      ValueError: as :func:`load`.
+    """
+    path = os.fspath(path)
+    try:
+        if path.endswith(".keras"):
+            with zipfile.ZipFile(path) as archive:
+                compiled = json.loads(archive.read("config.json")).get("compile_config") or {}
+            config = compiled.get("optimizer")
+        else:
+            with _package("h5py", path).File(path, "r") as file:
+                config = json.loads(file.attrs.get("training_config", "{}")).get("optimizer_config")
+        return config if isinstance(config, Mapping) else None
+    except (ImportError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise ValueError(f"Invalid file: the configuration in {path!r} cannot be read: {error}") from error
+
+
+def _reader(path):
+    if os.path.isdir(path):
+        raise ValueError(
+            f"Invalid file: {path!r} is a directory. One of torch.distributed.checkpoint becomes a file by "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
+        )
+    for ends, reader in (
+        ((".safetensors",), _safetensors),
+        (_TORCH, _torch),
+        ((".keras",), _keras),
+        (_HDF5, _hdf5),
+    ):
+        if path.endswith(ends):
+            return reader
+    raise ValueError(
+        f"Invalid file: {path!r}, expected a dictionary of arrays or a file that ends with .safetensors, "
+        f"{', '.join(_TORCH)}, .keras or .h5."
+    )
+
+
+def _package(name, path):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"To read {path!r}, {name.partition('.')[0]} has to be installed.") from error
+
+
+def _safetensors(path):
+    return _package("safetensors.numpy", path).load_file(path)
+
+
+def _torch(path):
+    return _package("torch", path).load(path, map_location="cpu", weights_only=True)
+
+
+def _keras(path):
+    with zipfile.ZipFile(path) as archive:
+        return _hdf5(io.BytesIO(archive.read("model.weights.h5")), path)
+
+
+def _hdf5(file, path=None):
+    """Every array by its name: that of Keras, where the file has it, or its place in the file."""
+    h5py = _package("h5py", path or file)
+    arrays: dict[str, np.ndarray] = {}
+    with h5py.File(file, "r") as root:
+        names = {}
+
+        def name_weights(place, node):
+            for weight in node.attrs.get("weight_names", []) if isinstance(node, h5py.Group) else []:
+                weight = weight.decode() if isinstance(weight, bytes) else str(weight)
+                names[f"{place}/{weight}"] = weight
+
+        def read(place, node):
+            if not isinstance(node, h5py.Dataset):
+                return
+            name = names.get(place, place)
+            if name in arrays:
+                raise ValueError(f"it has {name!r} twice")
+            arrays[name] = _values(place, node)
+
+        # It follows neither soft nor external links.
+        root.visititems(name_weights)
+        root.visititems(read)
+        if missing := [place for place, name in names.items() if name not in arrays]:
+            raise ValueError(f"it has no {missing[0]!r}")
+    return arrays
+
+
+def _values(place, dataset):
+    if dataset.external or dataset.is_virtual:
+        raise ValueError(f"the values of {place!r} are in another file")
+    values = dataset[()]
+    if dataset.attrs.get("dtype") == "bfloat16":
+        import ml_dtypes
+
+        return np.asarray(values).view(ml_dtypes.bfloat16).astype(np.float32)
+    return values

@@ -1,0 +1,68 @@
+"""Parameters from another framework's."""
+
+from collections.abc import Mapping
+
+import jax
+import optax
+
+from rmsprop_jax._leaves import leaf_name
+from rmsprop_jax.interop._arrays import placed
+from rmsprop_jax.interop._files import Tensors, load
+from rmsprop_jax.interop._names import Names, Theirs, finder, is_array, matched, paths
+from rmsprop_jax.interop._report import Reporter, tell
+
+_NESTS = ("state_dict", "model_state_dict", "model")
+
+
+def params_from(
+    tensors: Tensors,
+    params: optax.Params,
+    names: Names,
+    *,
+    strict: bool = True,
+    report: Reporter | None = None,
+) -> optax.Params:
+    """Parameters from another framework's: `params` with every array replaced.
+
+    Args:
+      tensors: arrays of NumPy, PyTorch or Keras by their name, such as ``model.state_dict()``, or the path
+        of a file of them, see the module; of a checkpoint its `state_dict`, `model_state_dict` or `model`.
+        What `names` does not list is not transferred.
+      params: the tree to fill; dtypes and shardings are its arrays'. Leaves that are no arrays, such as an
+        Equinox module's functions, stay as they are.
+      names: from their names to paths in `params`, see the module.
+      strict: False leaves arrays that have no name in `names`, or nothing under it there, as they are.
+      report: called with the :class:`Report` of what was carried over; by default it is logged where
+        `strict` is False.
+
+    Returns:
+      A tree as `params`.
+
+    Raises:
+      ValueError: listing every name that is missing and every shape that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from rmsprop_jax import interop
+      >>> tensors = {"fc.weight": np.array([[1.0, 2.0, 3.0]])}
+      >>> interop.params_from(tensors, {"kernel": jnp.zeros((3, 1))}, {"fc.weight": ("kernel", (1, 0))})
+      {'kernel': Array([[1.],
+             [2.],
+             [3.]], dtype=float32)}
+    """
+    loaded, shapes = _model(load(tensors)), paths(params)
+    needed = {("tensor", name): shape for name, shape in shapes.items()}
+    theirs = Theirs(loaded, {"tensor": "tensor"}, lambda name, what: loaded.get(name), finder(loaded))
+    arrays, told = matched(needed, shapes, names, theirs, strict)
+
+    def filled(path, p):
+        key = "tensor", leaf_name(path)
+        return placed(arrays[key], p) if is_array(p) and key in arrays else p
+
+    tell(told, report, strict)
+    return jax.tree_util.tree_map_with_path(filled, params)
+
+
+def _model(loaded):
+    nests = [key for key in _NESTS if isinstance(loaded.get(key), Mapping)]
+    return loaded[nests[0]] if len(nests) == 1 else loaded
