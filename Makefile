@@ -1,6 +1,8 @@
 # make train   the main job: a recurrent network learns to write Python's documentation
 # make test    the test-suite
 # make check   formatting, lint, types
+# make package the sdist and the wheel, checked; the wheel steps in an empty environment
+# make types   how much of the public names has a type: at least TYPES_FLOOR percent
 # make peers   installs PyTorch, Keras, TensorFlow, ...: `make test` then compares with them too
 #
 # Each sets up what it needs in $(VENV), and uses it again when it is there. Another interpreter:
@@ -12,7 +14,10 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 PY = $(VENV)/bin/python
 
-.PHONY: train test check peers format clean
+TYPES_FLOOR = 90
+WHEEL = $(VENV)-wheel
+
+.PHONY: train test check package types peers format clean
 
 train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
@@ -24,6 +29,22 @@ check: $(VENV)/.installed
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+package: $(VENV)/.packaging
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist . > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; exit 1)
+	$(PY) -m twine check --strict dist/*
+	$(PY) -m check_wheel_contents dist/*.whl
+	$(PY) -m pyroma --min 10 dist/*.tar.gz
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl $(PIP_ARGS)
+	JAX_PLATFORMS=cpu $(WHEEL)/bin/python -I -W error packaging/smoke.py
+
+# pyright reads the package as it is installed, for which it has to be the PATH's python that has it.
+types: package
+	cd $(WHEEL) && PATH="$(abspath $(WHEEL))/bin:$$PATH" $(abspath $(VENV))/bin/pyright \
+	    --verifytypes rmsprop_jax --ignoreexternal --outputjson > types.json || true
+	$(PY) .ci/types $(WHEEL)/types.json $(TYPES_FLOOR)
 
 format: $(VENV)/.installed
 	$(PY) -m ruff format .
@@ -37,6 +58,10 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(PY) -m pip install --quiet --no-deps bitsandbytes dm-sonnet stable-baselines3 timm $(PIP_ARGS)
 	touch $@
 
+$(VENV)/.packaging: $(VENV)/.installed
+	$(PY) -m pip install --quiet --group package $(PIP_ARGS)
+	touch $@
+
 # pip understands dependency groups from 25.1 on.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -46,4 +71,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv* runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,14 @@ from rmsprop_jax._dtypes import dtype_of, ordered_after
 from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._row_gradient import RowGradient, gathered, in_range, take
 
+Params = TypeVar("Params")
+Rest = ParamSpec("Rest")
+Value = TypeVar("Value")
 
-def value_and_grad(loss_fn: Callable, *, has_aux: bool = False) -> Callable:
+
+def value_and_grad(
+    loss_fn: Callable[Concatenate[Any, Params, Rest], Value], *, has_aux: bool = False
+) -> Callable[Concatenate[Any, Any, Params, Rest], tuple[Value, tuple[Any, Params]]]:
     """Like `jax.value_and_grad`, by the rows looked up in tables, and by other parameters.
 
     The loss is differentiated by what it is handed, the rows: a gradient of a table's shape never exists.

@@ -15,8 +15,8 @@ import optax
 from rmsprop_jax import _checks, rounding
 from rmsprop_jax._dtypes import dtype_of, full_like, narrow, wide, widen
 from rmsprop_jax._leaves import is_none, leaf_numbers
+from rmsprop_jax._rule import Transformation
 from rmsprop_jax._states import is_ours, refusal
-from rmsprop_jax.transform import Transformation
 
 
 def chain(*parts):

@@ -14,12 +14,14 @@ From nu_0 = initial_scale and mu_0 = 0 this is initial_scale * decay^t + E[g^2] 
 exponentially weighted sums.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from rmsprop_jax import accumulators
 from rmsprop_jax._dtypes import abs_sq, clip, narrow, times, wide
@@ -50,17 +52,17 @@ class Settings:
     centered: bool = False
     accumulator: accumulators.Accumulator | None = None
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         return self._flat
 
     @cached_property  # an eager update flattens the settings for each leaf
-    def _flat(self):
+    def _flat(self) -> tuple[tuple[Any, ...], Any]:
         arrays = {name: x for name in ("decay", "eps") if not isinstance(x := getattr(self, name), float)}
         rest = replace(self, **dict.fromkeys(arrays))  # type: ignore[arg-type]  # None: not here, but a leaf
         return tuple(arrays.values()), (tuple(arrays), rest)
 
     @classmethod
-    def tree_unflatten(cls, structure, arrays):
+    def tree_unflatten(cls, structure: Any, arrays: Iterable[Any]) -> "Settings":
         names, rest = structure
         return replace(rest, **dict(zip(names, arrays, strict=True)))
 
@@ -71,6 +73,28 @@ class Settings:
     def inverse_root(self, nu: jax.Array) -> jax.Array:
         """What a gradient is multiplied by, 1 / sqrt(nu + eps) or 1 / (sqrt(nu) + eps), finite for any nu."""
         return divided(jnp.ones_like(nu), nu, self)
+
+
+class Transformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that knows what it is.
+
+    Attributes:
+      settings: of the RMSProp in it, None where there is none.
+      moves_all: the arguments by which it moves or changes parameters whose gradient is zero, by name.
+    """
+
+    settings: Settings | None = None
+    moves_all: tuple[str, ...] = ()
+
+    def __new__(
+        cls, init: Callable, update: Callable, settings: Settings | None = None, moves_all: Iterable[str] = ()
+    ) -> "Transformation":
+        self = super().__new__(cls, init, update)
+        self.settings, self.moves_all = settings, tuple(moves_all)
+        return self
+
+    def _replace(self, **changes: Any) -> "Transformation":
+        return type(self)(**{**self._asdict(), **self.__dict__, **changes})
 
 
 @jax.jit

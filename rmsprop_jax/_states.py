@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 
 class _Fields(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # tuple.count, as in Optax's states
-    nu: optax.Updates
-    mu: optax.Updates | None
+    nu: Any  # not `optax.Updates`, see `_types.py`
+    mu: Any
 
 
 class ScaleByRmsState(_Fields):
@@ -32,12 +31,12 @@ class ScaleByRmsState(_Fields):
 
     accumulator: Any = None
 
-    def __new__(cls, count, nu, mu, *, accumulator=None):
+    def __new__(cls, count: jax.Array, nu: Any, mu: Any, *, accumulator: Any = None) -> "ScaleByRmsState":
         self = super().__new__(cls, count, nu, mu)
         self.accumulator = accumulator
         return self
 
-    def _replace(self, **changes):
+    def _replace(self, **changes: Any) -> "ScaleByRmsState":
         return type(self)(**{**self._asdict(), "accumulator": self.accumulator, **changes})
 
 

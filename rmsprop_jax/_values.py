@@ -15,11 +15,12 @@ import optax
 from rmsprop_jax._dtypes import narrow
 from rmsprop_jax._leaves import is_none, named_leaves
 from rmsprop_jax._row_gradient import RowGradient, is_row_gradient, take
+from rmsprop_jax._types import Tree
 
 __all__ = ["global_norm", "values_only"]
 
 
-def global_norm(tree: optax.Updates) -> jax.Array:
+def global_norm(tree: Tree) -> jax.Array:
     """`optax.global_norm` of a tree of arrays and row-sparse gradients, as if all of them were dense.
 
     Example:

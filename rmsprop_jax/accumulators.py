@@ -27,23 +27,26 @@ A state says which accumulator its codes are of, by their dtype or, where that d
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from rmsprop_jax import rounding
 from rmsprop_jax._dtypes import dtype_of
 from rmsprop_jax._states import is_ours, map_rms_states
+from rmsprop_jax._types import SameTree
 
-__all__ = ["NAMED", "Accumulator", "Bfloat16", "Uint8", "convert"]
+__all__ = ["NAMED", "Accumulator", "Bfloat16", "Name", "Uint8", "convert"]
+
+Name: TypeAlias = Literal["float32", "bfloat16", "uint8"]
+"""What `accumulator=` takes as a string: the name of the codes' dtype, see `NAMED`."""
 
 
 def convert(
-    state: optax.OptState, accumulator: "str | Accumulator", *, source: "str | Accumulator | None" = None
-) -> optax.OptState:
+    state: SameTree, accumulator: "Name | Accumulator", *, source: "Name | Accumulator | None" = None
+) -> SameTree:
     """A state with its `nu` stored by another accumulator, such as a checkpoint's for a new setting.
 
     Args:
@@ -164,7 +167,7 @@ class Uint8:
 
     exponent: int = -50
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.exponent, int) or not -126 <= self.exponent <= 64:
             raise ValueError(f"Invalid {self.exponent=}, expected an integer in [-126, 64].")
 
@@ -211,7 +214,7 @@ _FRACTIONS = [np.int32(round((2 ** (k / 4) - 1) * 2**23)) for k in range(4)]
 # log(2) / 8 = 0.087; in log(nu), 0.
 _TILT = np.float32(0.013)
 
-# One line for each: what `accumulator=` takes as a string, which is the name of the codes' dtype.
+# One line for each `Name`: what `accumulator=` takes as a string, which is the name of the codes' dtype.
 NAMED: dict[str, Accumulator | None] = {"float32": None, "bfloat16": Bfloat16(), "uint8": Uint8()}
 
 
@@ -239,10 +242,10 @@ def unnamed(accumulator: Accumulator | None) -> Accumulator | None:
     return accumulator
 
 
-def title(accumulator: Accumulator | None) -> "str | Accumulator":
+def title(accumulator: Accumulator | None) -> Any:
     """What to write for `accumulator=`: its name or, where it has none, itself."""
     names = (name for name, other in NAMED.items() if other == accumulator)
-    return next(names, accumulator)  # type: ignore[return-value]  # None has a name
+    return next(names, accumulator)
 
 
 def is_stored_by(nu: jax.Array, found: Accumulator | None, expected: Accumulator | None) -> bool:

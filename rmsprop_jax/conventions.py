@@ -25,8 +25,11 @@ Each function returns an :class:`optax.GradientTransformationExtraArgs` made of 
 and Optax's parts, with its guarantees: float32 arithmetic at least, no root of a negative number, no
 overflow. A learning rate is a number or a schedule, a function of the number of updates so far. What a
 framework rejects raises ValueError here, as does what :func:`rmsprop_jax.rmsprop` rejects (a decay or
-momentum of 1 or more). Parameter groups are :func:`optax.partition`.
+momentum of 1 or more). Parameter groups are :func:`optax.partition`. In configurations, a convention is its
+name: :func:`get` and :func:`names`.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,15 +39,16 @@ from rmsprop_jax import _checks
 from rmsprop_jax._dtypes import clip, real
 from rmsprop_jax._parts import chain, decayed_weights
 from rmsprop_jax.optimizer import rmsprop
-from rmsprop_jax.transform import Transformation
 
 __all__ = [
     "dqn",
+    "get",
     "graves",
     "hinton",
     "keras",
     "mlx",
     "mxnet",
+    "names",
     "sonnet",
     "stable_baselines3",
     "tensorflow",
@@ -53,11 +57,41 @@ __all__ = [
 ]
 
 
+def get(name: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """The convention of that name, for configurations.
+
+    Hydra takes a path, ``_target_: rmsprop_jax.conventions.torch``, and Fiddle the function itself,
+    ``fdl.Config(conventions.get("torch"), lr=7e-4)``. Where a configuration holds plain values, as with
+    draccus, a convention is a string in it, and its arguments are a dictionary.
+
+    Args:
+      name: one of :func:`names`.
+
+    Raises:
+      ValueError: for another name, with those that there are.
+
+    Example:
+      >>> from rmsprop_jax import conventions
+      >>> config = {"optimizer": "torch", "options": {"lr": 7e-4, "alpha": 0.99, "eps": 1e-5}}
+      >>> tx = conventions.get(config["optimizer"])(**config["options"])
+      >>> print(*conventions.names())
+      dqn graves hinton keras mlx mxnet sonnet stable_baselines3 tensorflow timm torch
+    """
+    if name not in names():
+        raise ValueError(f"Invalid name: {name=}, expected one of {', '.join(map(repr, names()))}.")
+    return globals()[name]
+
+
+def names() -> list[str]:
+    """The conventions' names, such as for the choices of a command line, in alphabetical order."""
+    return [name for name in __all__ if name not in ("get", "names")]
+
+
 def hinton(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     beta: jax.typing.ArrayLike = 0.9,
     epsilon: jax.typing.ArrayLike = 1e-8,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""The lecture's RMSProp (Tieleman and Hinton, Lecture 6.5, 2012).
 
     .. math::
@@ -65,6 +99,11 @@ def hinton(
       p_t &= p_{t-1} - \alpha_t g_t / (\sqrt{v_t} + \epsilon)
 
     The slides give beta 0.9, and Hinton suggests a learning rate of 0.001; epsilon is later custom.
+
+    Args:
+      learning_rate: :math:`\alpha`, a number at least 0 or a schedule.
+      beta: :math:`\beta`, in [0, 1).
+      epsilon: :math:`\epsilon`, at least 0, outside of the root.
     """
     learning_rate = _checks.learning_rate("learning_rate", learning_rate)
     return rmsprop(
@@ -84,7 +123,7 @@ def torch(
     centered: bool = False,
     *,
     maximize: bool = False,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""`torch.optim.RMSprop`, as read in PyTorch 2.13.
 
     .. math::
@@ -96,6 +135,15 @@ def torch(
     Published with it: torchbeast (lr 4.8e-4 annealed to 0, alpha 0.99, eps 0.01), A2C (lr 7e-4, alpha 0.99,
     eps 1e-5), WGAN (lr 5e-5), DPO (lr 5e-7 with 150 steps of warm-up). Complex parameters are two reals to
     PyTorch: wrap this in :func:`optax.contrib.split_real_and_imaginary`.
+
+    Args:
+      lr: a number at least 0 or a schedule.
+      alpha: :math:`\alpha`, in [0, 1).
+      eps: :math:`\epsilon`, at least 0, outside of the root.
+      weight_decay: :math:`\lambda`, at least 0; None or 0 for none.
+      momentum: :math:`\mu`, in [0, 1); None or 0 for no buffer.
+      centered: whether the root is of :math:`v_t` less the squared mean of the gradients.
+      maximize: whether the gradients are climbed: the minus of :math:`\pm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,7 +177,7 @@ def keras(
     clipnorm: jax.typing.ArrayLike | None = None,
     clipvalue: jax.typing.ArrayLike | None = None,
     global_clipnorm: jax.typing.ArrayLike | None = None,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""`keras.optimizers.RMSprop`, as read in Keras 3.15.
 
     .. math::
@@ -141,6 +189,17 @@ def keras(
     `clipnorm` clips each parameter's gradient to an L2 norm, `global_clipnorm` all of them together,
     `clipvalue` each number; at most one of them may be given, and 0 clips nothing, as in Keras.
     ``exclude_from_weight_decay`` is :func:`optax.partition` with and without `weight_decay`.
+
+    Args:
+      learning_rate: a number at least 0 or a schedule.
+      rho: :math:`\rho`, in [0, 1).
+      momentum: :math:`\mu`, in [0, 1); None or 0 for no buffer.
+      epsilon: :math:`\epsilon`, at least 0, under the root.
+      centered: whether the root is of :math:`v_t` less the squared mean of the gradients.
+      weight_decay: :math:`\lambda`, at least 0; None or 0 for none.
+      clipnorm: clips each parameter's gradient to this L2 norm.
+      clipvalue: clips each number of the gradients to this size.
+      global_clipnorm: clips all gradients together to this L2 norm.
 
     Raises:
       ValueError: for more than one of the clip arguments.
@@ -163,7 +222,7 @@ def tensorflow(
     momentum: jax.typing.ArrayLike | None = None,
     epsilon: jax.typing.ArrayLike = 1e-10,
     centered: bool = False,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""`tf.compat.v1.train.RMSPropOptimizer`, as read in TensorFlow 2.21; its accumulator starts from 1.
 
     .. math::
@@ -173,6 +232,13 @@ def tensorflow(
 
     Published with it: EfficientNet and MnasNet (decay 0.9, momentum 0.9, epsilon 1e-3, 5 epochs of warm-up),
     Inception-v3 and MobileNet (decay 0.9, momentum 0.9, epsilon 1.0), IMPALA (decay 0.99, epsilon 0.1).
+
+    Args:
+      learning_rate: a number at least 0 or a schedule.
+      decay: :math:`\beta`, in [0, 1).
+      momentum: :math:`\mu`, in [0, 1); None or 0 for no buffer.
+      epsilon: :math:`\epsilon`, at least 0, under the root.
+      centered: whether the root is of :math:`v_t` less the squared mean of the gradients.
 
     Example:
       >>> import jax.numpy as jnp
@@ -205,7 +271,7 @@ def timm(
     caution: bool = False,
     *,
     max_lr: jax.typing.ArrayLike | None = None,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""`timm.optim.RMSpropTF`, as read in timm 1.0.31: TensorFlow's rule with PyTorch's weight decay.
 
     .. math::
@@ -249,13 +315,20 @@ def sonnet(
     momentum: jax.typing.ArrayLike | None = None,
     epsilon: jax.typing.ArrayLike = 1e-10,
     centered: bool = False,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""`sonnet.optimizers.RMSProp`, as read in Sonnet 2.0.2.
 
     .. math::
       v_t &= \beta v_{t-1} + (1-\beta) g_t^2 \\
       b_t &= \mu b_{t-1} + \text{lr}_t g_t / \sqrt{v_t + \epsilon} \\
       p_t &= p_{t-1} - b_t
+
+    Args:
+      learning_rate: a number at least 0 or a schedule.
+      decay: :math:`\beta`, in [0, 1).
+      momentum: :math:`\mu`, in [0, 1); None or 0 for no buffer.
+      epsilon: :math:`\epsilon`, at least 0, under the root.
+      centered: whether the root is of :math:`v_t` less the squared mean of the gradients.
     """
     learning_rate = _checks.learning_rate("learning_rate", learning_rate)
     epsilon = _checks.precise_number("epsilon", epsilon)
@@ -266,12 +339,17 @@ def mlx(
     learning_rate: optax.ScalarOrSchedule,
     alpha: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""`mlx.optimizers.RMSprop`, as read in MLX 0.32.
 
     .. math::
       v_t &= \alpha v_{t-1} + (1-\alpha) g_t^2 \\
       p_t &= p_{t-1} - \text{lr}_t g_t / (\sqrt{v_t} + \epsilon)
+
+    Args:
+      learning_rate: a number at least 0 or a schedule.
+      alpha: :math:`\alpha`, in [0, 1).
+      eps: :math:`\epsilon`, above 0, outside of the root.
 
     Raises:
       ValueError: for an `eps` of 0 too.
@@ -288,7 +366,7 @@ def graves(
     decay: jax.typing.ArrayLike = 0.95,
     momentum: jax.typing.ArrayLike = 0.9,
     eps: jax.typing.ArrayLike = 1e-4,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""The centred RMSProp of Graves, *Generating Sequences With Recurrent Neural Networks*, 2013, eq. 38-45.
 
     .. math::
@@ -298,6 +376,12 @@ def graves(
       p_t &= p_{t-1} - b_t
 
     The defaults are the paper's, for its handwriting experiments.
+
+    Args:
+      learning_rate: :math:`\alpha`, a number at least 0 or a schedule.
+      decay: :math:`\beta`, in [0, 1), of both means.
+      momentum: :math:`\mu`, in [0, 1); None or 0 for no buffer.
+      eps: :math:`\epsilon`, at least 0, under the root.
     """
     return rmsprop(learning_rate, decay, eps, centered=True, momentum=_momentum(momentum))
 
@@ -306,7 +390,7 @@ def dqn(
     learning_rate: optax.ScalarOrSchedule = 2.5e-4,
     decay: jax.typing.ArrayLike = 0.95,
     eps: jax.typing.ArrayLike = 0.01,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""The centred RMSProp of DQN (Mnih et al., Nature, 2015), as in its published Lua code.
 
     .. math::
@@ -316,6 +400,11 @@ def dqn(
 
     The paper's table calls the decay of m "gradient momentum" and eps "min squared gradient"; there is no
     momentum buffer. Its gradients come from the error clipped to [-1, 1].
+
+    Args:
+      learning_rate: :math:`\alpha`, a number at least 0 or a schedule.
+      decay: :math:`\beta`, in [0, 1), of both means.
+      eps: :math:`\epsilon`, at least 0, under the root.
     """
     return rmsprop(learning_rate, decay, eps, centered=True)
 
@@ -327,7 +416,7 @@ def stable_baselines3(
     weight_decay: jax.typing.ArrayLike | None = None,
     momentum: jax.typing.ArrayLike | None = None,
     centered: bool = False,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""`stable_baselines3.common.sb2_compat.rmsprop_tf_like.RMSpropTFLike`, as read in Stable-Baselines3 2.9.
 
     .. math::
@@ -338,6 +427,14 @@ def stable_baselines3(
 
     Recommended there for A2C that is to match Stable-Baselines 2 (lr 7e-4, alpha 0.99, eps 1e-5); its A2C's
     own default is `torch` with the same numbers.
+
+    Args:
+      lr: a number at least 0 or a schedule.
+      alpha: :math:`\alpha`, in [0, 1).
+      eps: :math:`\epsilon`, at least 0, under the root.
+      weight_decay: :math:`\lambda`, at least 0; None or 0 for none.
+      momentum: :math:`\mu`, in [0, 1); None or 0 for no buffer.
+      centered: whether the root is of :math:`v_t` less the squared mean of the gradients.
     """
     tx = rmsprop(
         _checks.learning_rate("lr", lr),
@@ -358,7 +455,7 @@ def mxnet(
     epsilon: jax.typing.ArrayLike = 1e-8,
     centered: bool = False,
     wd: jax.typing.ArrayLike | None = None,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""`mxnet.optimizer.RMSProp`, as read in the Python step of MXNet 2.0.
 
     .. math::
@@ -368,6 +465,14 @@ def mxnet(
 
     Centred it is :func:`graves`, with epsilon under the root; only then is there momentum, and `momentum` is
     without effect otherwise. MXNet 1's kernel has epsilon under the root in both.
+
+    Args:
+      learning_rate: a number at least 0 or a schedule.
+      rho: :math:`\rho`, in [0, 1).
+      momentum: decay of the momentum buffer, in [0, 1), when centred; None or 0 for none.
+      epsilon: :math:`\epsilon`, at least 0, outside of the root, or under it when centred.
+      centered: whether the rule is that of :func:`graves`.
+      wd: :math:`\lambda`, at least 0; None or 0 for none.
     """
     _checks.flag("centered", centered)
     tx = rmsprop(

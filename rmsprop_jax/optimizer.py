@@ -9,12 +9,15 @@ with u_t from `scale_by_rms`. They differ whenever the learning rate changes. We
 (Loshchilov and Hutter, 2019): p_t is reduced by learning_rate * weight_decay * p_{t-1} outside of both.
 """
 
+from collections.abc import Callable
+
 import jax
 import optax
 
 from rmsprop_jax import _checks, accumulators
 from rmsprop_jax._parts import chain, counted, decayed_weights, trace
-from rmsprop_jax.transform import Transformation, scale_by_rms
+from rmsprop_jax._types import Tree
+from rmsprop_jax.transform import scale_by_rms
 
 __all__ = ["rmsprop"]
 
@@ -32,10 +35,10 @@ def rmsprop(
     *,
     lr_in_momentum: bool = True,
     weight_decay: jax.typing.ArrayLike | None = None,
-    mask: optax.MaskOrFn | None = None,
-    accumulator: str | accumulators.Accumulator = "float32",
+    mask: Tree | Callable[[Tree], Tree] | None = None,
+    accumulator: accumulators.Name | accumulators.Accumulator = "float32",
     momentum_dtype: jax.typing.DTypeLike | None = None,
-) -> Transformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""RMSProp: each parameter's step is divided by the running root mean square of its gradients.
 
     .. math::

@@ -36,23 +36,22 @@ and crosses the bus twice in each:
         ...
 """
 
-from typing import Any
-
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rmsprop_jax._leaves import leaf_name
+from rmsprop_jax._types import Tree
 
 __all__ = ["state_sharding"]
 
 
 def state_sharding(
     tx: optax.GradientTransformation,
-    params: optax.Params,
+    params: Tree,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
     axis: str,
-) -> Any:
+) -> Tree:
     """Shardings that split the optimizer state over `axis`, for ``jax.jit(tx.init, out_shardings=...)``.
 
     A leaf of the state that belongs to a parameter, by its path and its shape, is sharded as the parameter is

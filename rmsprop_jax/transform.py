@@ -11,30 +11,10 @@ from rmsprop_jax import _checks, accumulators
 from rmsprop_jax._dtypes import dtype_of, full_like, is_array_like, real, wide
 from rmsprop_jax._export import register_optax_states
 from rmsprop_jax._leaves import flatten_matching, leaf_name, leaf_numbers
-from rmsprop_jax._rule import Settings, rule
+from rmsprop_jax._rule import Settings, Transformation, rule
 from rmsprop_jax._states import ScaleByRmsState, is_ours, refusal
 
-__all__ = ["Transformation", "scale_by_rms"]
-
-
-class Transformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation that knows what it is.
-
-    Attributes:
-      settings: of the RMSProp in it, None where there is none.
-      moves_all: the arguments by which it moves or changes parameters whose gradient is zero, by name.
-    """
-
-    settings: Settings | None = None
-    moves_all: tuple[str, ...] = ()
-
-    def __new__(cls, init, update, settings=None, moves_all=()):
-        self = super().__new__(cls, init, update)
-        self.settings, self.moves_all = settings, tuple(moves_all)
-        return self
-
-    def _replace(self, **changes):
-        return type(self)(**{**self._asdict(), **self.__dict__, **changes})
+__all__ = ["scale_by_rms"]
 
 
 def scale_by_rms(
@@ -45,8 +25,8 @@ def scale_by_rms(
     bias_correction: bool = False,
     *,
     centered: bool = False,
-    accumulator: str | accumulators.Accumulator = "float32",
-) -> "Transformation":
+    accumulator: accumulators.Name | accumulators.Accumulator = "float32",
+) -> optax.GradientTransformationExtraArgs:
     r"""Divides gradients by the root of the running mean of their squares.
 
     .. math::
@@ -125,8 +105,8 @@ def scale_by_rms(
 
     def update_fn(updates, state, params=None, *, rms_rows=None, **extra_args):
         del params, extra_args
-        grads, treedef, nus, mus = flatten_as_stored(updates, state, settings)
-        count = incremented(state.count)
+        grads, treedef, nus, mus = _flatten_as_stored(updates, state, settings)
+        count = _incremented(state.count)
         now = count if bias_correction or codec is not None else None
         rows = [None] * len(nus) if rms_rows is None else treedef.flatten_up_to(rms_rows)
         places = [None] * len(nus) if codec is None else list(zip(leaf_numbers(nus), rows, strict=True))
@@ -144,10 +124,10 @@ def scale_by_rms(
 
 
 # Jitted for eager callers: one dispatch instead of five. Inlined under an outer jit.
-incremented = jax.jit(optax.safe_increment, inline=True)
+_incremented = jax.jit(optax.safe_increment, inline=True)
 
 
-def flatten_as_stored(grads, state, settings):
+def _flatten_as_stored(grads, state, settings):
     """`flatten_matching` of gradients and a state, which has to be one that `settings` make.
 
     Raises:

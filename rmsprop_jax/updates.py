@@ -15,13 +15,12 @@ from rmsprop_jax._dtypes import dtype_of, narrow, wide
 from rmsprop_jax._leaves import is_none, leaf_name
 from rmsprop_jax._row_gradient import add as add_rows
 from rmsprop_jax._row_gradient import is_row_gradient, put, take
+from rmsprop_jax._types import SameTree, Tree
 
 __all__ = ["apply_updates"]
 
 
-def apply_updates(
-    params: optax.Params, updates: optax.Updates, *, key: jax.Array | None = None
-) -> optax.Params:
+def apply_updates(params: SameTree, updates: Tree, *, key: jax.Array | None = None) -> SameTree:
     """Adds updates to parameters: `optax.apply_updates`, also for row-sparse updates.
 
     In a jitted function that donates `params`, tables are updated in place, at a cost proportional to the

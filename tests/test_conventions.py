@@ -10,8 +10,7 @@ from helpers import first_argument, step_of
 
 from rmsprop_jax import conventions
 
-ALL = [f for _, f in inspect.getmembers(conventions, inspect.isfunction) if not f.__name__.startswith("_")]
-ALL = [f for f in ALL if f.__module__ == conventions.__name__]
+ALL = [conventions.get(name) for name in conventions.names()]
 
 
 # Each argument of each convention that is a number.
@@ -138,3 +137,20 @@ def test_one_compilation(convention):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), updates) == jax.tree.map(
         lambda x: (x.shape, x.dtype), params
     )
+
+
+def test_conventions_by_their_names():
+    assert conventions.get("torch") is conventions.torch
+    for name in ("get", "_clip", "pytorch"):
+        with pytest.raises(ValueError, match=f"Invalid name: name='{name}', expected one of 'dqn', "):
+            conventions.get(name)
+
+
+@pytest.mark.parametrize("convention", ALL)
+def test_every_argument_is_explained(convention):
+    text = inspect.getdoc(convention).partition("Args:\n")[2].partition("\n\n")[0]
+    explained = re.findall(r"^  (\w+): ", text, re.MULTILINE)
+    parameters = list(inspect.signature(convention).parameters)
+    if convention is conventions.timm:  # "as the arguments after it under timm's names"
+        parameters = [name for name in parameters if name in explained]
+    assert explained == parameters

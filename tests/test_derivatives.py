@@ -153,10 +153,10 @@ def test_rounding_alone():
     np.testing.assert_allclose(slope(x), 2 * x, rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", conventions.__all__)
+@pytest.mark.parametrize("name", conventions.names())
 def test_every_convention(name, x64):
     def outcome(scale):
-        tx = getattr(conventions, name)(0.1)
+        tx = conventions.get(name)(0.1)
         state, total = tx.init(G), 0.0
         for _ in range(2):
             u, state = tx.update(G * scale, state, G)

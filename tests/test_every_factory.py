@@ -11,7 +11,7 @@ from helpers import assert_trees_close
 
 from rmsprop_jax import conventions, diagnostics, rmsprop, rows, scale_by_rms
 
-CONVENTIONS = {name: getattr(conventions, name) for name in conventions.__all__}
+CONVENTIONS = {name: conventions.get(name) for name in conventions.names()}
 DENSE = {"rmsprop": rmsprop, "scale_by_rms": scale_by_rms, **CONVENTIONS}
 FACTORIES = {
     **DENSE,
