@@ -128,9 +128,9 @@ def test_micro_batches_are_concatenated_and_multi_steps_says_so():
     both = RowGradient.concatenated([g, g])
     assert_trees_close(both.to_dense(), 2 * g.to_dense(), rtol=1e-6)
     tx = optax.MultiSteps(rows.exact(rmsprop(0.1)), 2)
-    with pytest.raises(
-        ValueError, match=r"expected a RowGradient.*optax\.MultiSteps.*RowGradient\.concatenated"
-    ):
+    # Before Optax 0.2.8 it is JAX that says that a RowGradient is no array.
+    message = r"optax\.MultiSteps.*RowGradient\.concatenated|expected type: .*RowGradient"
+    with pytest.raises(ValueError, match=message):
         tx.update(g, tx.init(PARAMS["table"]), PARAMS["table"])
 
 
