@@ -1,6 +1,7 @@
 # make train   the main job: a recurrent network learns to write Python's documentation
 # make test    the test-suite
 # make check   formatting, lint, types
+# make docs    the site, in docs/_build/html
 # make peers   installs PyTorch, Keras, TensorFlow, ...: `make test` then compares with them too
 #
 # Each sets up what it needs in $(VENV), and uses it again when it is there. Another interpreter:
@@ -8,11 +9,12 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 PY = $(VENV)/bin/python
 
-.PHONY: train test check peers format clean
+.PHONY: train test check docs peers format clean
 
 train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
@@ -28,6 +30,24 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+# In a virtual environment of its own: PyTorch and Sphinx are large, and the other targets need neither. Parallel
+# reading is off: notebooks are executed one after another.
+docs: $(DOCS_VENV)/.installed docs/_static/mathjax/tex-svg.js
+	$(DOCS_VENV)/bin/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(DOCS_VENV)/bin/python -m pip install --quiet --editable '.[examples]' --group docs $(PIP_ARGS)
+	touch $@
+
+# Formulas are typeset in the browser by this one file, which the site brings along.
+docs/_static/mathjax/tex-svg.js:
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent mathjax@3.2.2
+	tar -xzf $(@D)/mathjax-3.2.2.tgz -C $(@D) --strip-components=2 package/es5/tex-svg.js
+	rm $(@D)/mathjax-3.2.2.tgz
 
 peers: $(VENV)/.peers
 
