@@ -45,6 +45,7 @@ html_theme_options = {
     "footer_icons": [],
 }
 
+add_module_names = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures run to eleven lines with them, and Args say it
 napoleon_numpy_docstring = False
@@ -74,7 +75,7 @@ def _source(app, docname, source):
     """Tables of the benchmarks' results, and the pages that stand in other folders."""
     text = source[0]
     text = re.sub(r"<!-- page (\S+) -->", lambda match: links.page(match[1]), text)
-    text = text.replace("REPOSITORY", links.REPOSITORY)
+    text = text.replace("REPOSITORY", links.REPOSITORY).replace("COLAB", links.COLAB)
     source[0] = readme.filled(text, whole=docname == "benchmarks")
 
 

@@ -18,6 +18,7 @@ def _repository():
 
 
 REPOSITORY = _repository()
+COLAB = REPOSITORY.removeprefix("https://github.com/")  # as Colab's addresses have it
 
 
 def page(path):
