@@ -31,10 +31,10 @@ format: $(VENV)/.installed
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# In a virtual environment of its own: PyTorch and Sphinx are large, and the other targets need neither. Parallel
-# reading is off: notebooks are executed one after another.
+# In a virtual environment of its own: PyTorch and Sphinx are large, and the other targets need neither.
+# Notebooks are executed where they, or the tables in them, have changed; `make clean docs` executes all.
 docs: $(DOCS_VENV)/.installed docs/_static/mathjax/tex-svg.js
-	$(DOCS_VENV)/bin/python -m sphinx -W --keep-going -n -b html docs docs/_build/html
+	$(DOCS_VENV)/bin/python -m sphinx -W --keep-going -n -a -b html docs docs/_build/html
 
 $(DOCS_VENV)/.installed: pyproject.toml
 	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
@@ -66,4 +66,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv* runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* runs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -72,11 +72,19 @@ intersphinx_mapping = inventories.mapping(DOCS / "_build" / "inventories")
 
 
 def _source(app, docname, source):
-    """Tables of the benchmarks' results, and the pages that stand in other folders."""
-    text = source[0]
-    text = re.sub(r"<!-- page (\S+) -->", lambda match: links.page(match[1]), text)
+    """Tables of the benchmarks' results, and the pages that stand in other folders, put in their places."""
+
+    def page(match):
+        app.env.note_dependency(str(ROOT / match[1]), docname=docname)
+        return links.page(match[1])
+
+    text = re.sub(r"<!-- page (\S+) -->", page, source[0])
     text = text.replace("REPOSITORY", links.REPOSITORY).replace("COLAB", links.COLAB)
-    source[0] = readme.filled(text, whole=docname == "benchmarks")
+    filled = readme.filled(text, whole=docname == "benchmarks")
+    if filled != source[0]:  # so that an incremental build sees new results
+        for results in (ROOT / "benchmarks" / "results").glob("*.json"):
+            app.env.note_dependency(str(results), docname=docname)
+    source[0] = filled
 
 
 def setup(app):
