@@ -1,7 +1,7 @@
 """Writes docs/notebooks/*.ipynb, which Colab opens, from the .md beside them: python docs/colab.py
 
-The Markdown files are the sources: the site executes those. The notebooks have no outputs, and an additional first
-cell that installs the package.
+The Markdown files are the sources: the site executes those. The notebooks have no outputs, and a first cell
+that installs the package.
 """
 
 import json

@@ -4,8 +4,8 @@
     python docs/look.py --pictures FOLDER   also takes each page's picture: light and dark, wide and narrow
 
 A page fails with an error in its console, a picture that does not load, a request that leaves the site, a
-formula that is not typeset, or when it is wider than a narrow screen. Only the standard library is used: Chromium
-is spoken to by its DevTools protocol.
+formula that is not typeset, or when it is wider than a narrow screen. Only the standard library is used:
+Chromium is spoken to by its DevTools protocol.
 """
 
 import argparse
@@ -40,7 +40,8 @@ PROBE = """(() => {
     if (img.complete && img.naturalWidth === 0) problems.push('missing picture ' + img.src);
   }
   for (const math of document.querySelectorAll('.math')) {
-    if (!math.querySelector('mjx-container')) problems.push('untypeset formula ' + math.textContent.slice(0, 60));
+    const words = math.textContent.slice(0, 60);
+    if (!math.querySelector('mjx-container')) problems.push('untypeset formula ' + words);
   }
   for (const error of document.querySelectorAll('mjx-merror, [data-mjx-error]')) {
     problems.push('bad formula ' + error.textContent);
@@ -71,7 +72,8 @@ class Socket:
         self.count += 1
         data = json.dumps({"id": self.count, "method": method, "params": params}).encode()
         mask = os.urandom(4)
-        size = struct.pack("!BH", 0xFE, len(data)) if len(data) < 65536 else struct.pack("!BQ", 0xFF, len(data))
+        short = len(data) < 65536
+        size = struct.pack("!BH", 0xFE, len(data)) if short else struct.pack("!BQ", 0xFF, len(data))
         masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
         self.socket.sendall(b"\x81" + size + mask + masked)
         while (message := self._next()).get("id") != self.count:

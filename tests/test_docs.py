@@ -1,4 +1,4 @@
-"""The site's pages: every public name is on one, every block of Python runs, every link within leads somewhere.
+"""The site's pages: every public name is on one, every block of Python runs, every link leads somewhere.
 
 None of this needs Sphinx; `make docs` builds, and refuses references that lead nowhere.
 """
@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import rmsprop_jax
@@ -49,13 +50,18 @@ def test_python_is_written_as_a_session(page):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of frameworks and plots, which tests elsewhere are strict about
 @pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if BLOCK.search(text)])
-def test_every_block_of_python_runs(page, monkeypatch):
+def test_every_block_of_python_runs(page):
     pytest.importorskip("flax", reason="the examples' extra is not installed")
     if "import torch" in TEXTS[page]:
         pytest.importorskip("torch", reason="make peers installs it")
     matplotlib = pytest.importorskip("matplotlib", reason="the examples' extra is not installed")
     matplotlib.use("Agg")
     names = {"__name__": "__main__"}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as users have it
+        run(page, names)
+
+
+def run(page, names):
     for match in BLOCK.finditer(TEXTS[page]):
         block, line = match[1], TEXTS[page].count("\n", 0, match.start()) + 1
         if block.startswith(">>> "):
