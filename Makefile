@@ -3,6 +3,7 @@
 # make check   formatting, lint, types
 # make package the sdist and the wheel, checked; the wheel steps in an empty environment
 # make types   how much of the public names has a type: at least TYPES_FLOOR percent
+# make docs    the site, in docs/_build/html
 # make peers   installs PyTorch, Keras, TensorFlow, ...: `make test` then compares with them too
 #
 # Each sets up what it needs in $(VENV), and uses it again when it is there. Another interpreter:
@@ -10,6 +11,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 PY = $(VENV)/bin/python
@@ -17,7 +19,7 @@ PY = $(VENV)/bin/python
 TYPES_FLOOR = 90
 WHEEL = $(VENV)-wheel
 
-.PHONY: train test check package types peers format clean
+.PHONY: train test check docs package types peers format clean
 
 train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
@@ -50,6 +52,24 @@ format: $(VENV)/.installed
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
+# In a virtual environment of its own: PyTorch and Sphinx are large, and the other targets need neither.
+# Notebooks are executed where they, or the tables in them, have changed; `make clean docs` executes all.
+docs: $(DOCS_VENV)/.installed docs/_static/mathjax/tex-svg.js
+	$(DOCS_VENV)/bin/python -m sphinx -W --keep-going -n -a -b html docs docs/_build/html
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(DOCS_VENV)/bin/python -m pip install --quiet --editable '.[examples]' --group docs $(PIP_ARGS)
+	touch $@
+
+# Formulas are typeset in the browser by this one file, which the site brings along.
+docs/_static/mathjax/tex-svg.js:
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent mathjax@3.2.2
+	tar -xzf $(@D)/mathjax-3.2.2.tgz -C $(@D) --strip-components=2 package/es5/tex-svg.js
+	rm $(@D)/mathjax-3.2.2.tgz
+
 peers: $(VENV)/.peers
 
 # The last line's other dependencies are large, and no one optimizer needs them.
@@ -71,4 +91,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv* dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv* dist runs docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -38,7 +38,7 @@ def values_only(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
     `tx` is handed the values of the touched rows, each row once, in place of each row-sparse gradient. That
     serves what leaves zeros zero and looks at single values or at sums of them: clipping by value or by
-    global norm, scaling, schedules, `optax.zero_nans`. It stands before the optimizers in a chain:
+    global norm, scaling, schedules, `optax.zero_nans`. It stands before the optimizers in a chain::
 
         tx = optax.chain(
             rows.values_only(optax.clip_by_global_norm(1.0)),

@@ -1,5 +1,7 @@
 """Accumulators stored in fewer bytes: one code for each element, rounded without bias.
 
+What each takes and how close it stays::
+
     accumulator    bytes    stored rms / exact rms, standard deviation at decay 0.9 / 0.99 / 0.999
     "float32"      4        0
     "bfloat16"     2        0.2 / 0.6 / 1.5%
@@ -14,7 +16,7 @@ A state says which accumulator its codes are of, by their dtype or, where that d
 `ScaleByRmsState.accumulator`: so they are converted, carried over and restored by the right one.
 
 **One of your own** is any hashable object with the two methods of :class:`Accumulator`, passed as
-``accumulator=``. Frozen dataclasses are, and two that are equal then share their compiled code:
+``accumulator=``. Frozen dataclasses are, and two that are equal then share their compiled code::
 
     @dataclass(frozen=True)
     class Float16Root:

@@ -3,7 +3,7 @@
 Rounding up with a probability of what would be cut off keeps the mean. To nearest, a change below half a unit
 is lost, and lost again at every step: an accumulator in bfloat16 that decays by 0.999 never falls.
 
-The threshold of an element at step t is
+The threshold of an element at step t is::
 
     hash(leaf, element) + t * 0.277076 * 2^32    (mod 2^32)
 

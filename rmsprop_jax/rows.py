@@ -1,7 +1,7 @@
 """RMSProp for embedding tables: gradients, accumulators and updates of the touched rows only.
 
 A step that looks up n rows has a gradient that is zero everywhere else. The dense rule reads and writes the
-whole table all the same; but where g = 0 it does not move the parameter, and the accumulator just decays:
+whole table all the same; but where g = 0 it does not move the parameter, and the accumulator just decays::
 
     nu_t = decay^(t - s) * nu_s                               a row last touched by update s
     p_t  = p_s
@@ -12,7 +12,7 @@ whose gradient is zero; with those, `lazy` does what TensorFlow and Sonnet do: r
 neither move nor decay. It takes any optimizer whose state follows its parameters, `optax.adam` too.
 
 A training step, with `tables` one table or a tree of them, and `params` everything else; the loss
-is `loss_fn(rows, params, batch)`:
+is `loss_fn(rows, params, batch)`::
 
     tx = optax.partition({"rows": rows.exact(rmsprop(1e-2)), "dense": rmsprop(1e-2)}, ("rows", "dense"))
 
@@ -26,7 +26,7 @@ is `loss_fn(rows, params, batch)`:
 **Ids out of range**, negative ones included, are dropped: they look up zeros, and no row moves for them. They
 do not count from the end. `check_ids` finds them, outside of jit.
 
-**Flax.** Neither kind of `Embed` has to change; in the loss, the rows take the place of its lookup. NNX:
+**Flax.** Neither kind of `Embed` has to change; in the loss, the rows take the place of its lookup. NNX::
 
     graphdef, tables, params = nnx.split(model, nnx.PathContains("embed"), ...)
 
@@ -38,11 +38,11 @@ do not count from the end. `check_ids` finds them, outside of jit.
     ids = jax.tree.map(lambda table: tokens, tables)
     loss, grads = rows.value_and_grad(loss_fn)(tables, ids, params, tokens)
 
-and `tx` of above, after gradient clipping, which takes tables and parameters together:
+and `tx` of above, after gradient clipping, which takes tables and parameters together::
 
     tx = optax.chain(rows.values_only(optax.clip_by_global_norm(1.0)), tx)
 
-Linen, where `lookup` is asked first at each call of a module within the model:
+Linen, where `lookup` is asked first at each call of a module within the model::
 
     params = model.init(key, tokens)["params"]
     tables = {"embed": params.pop("embed")}

@@ -3,7 +3,7 @@
 Accumulators follow their parameters: `init` gives them the parameters' shardings, and the update keeps them,
 since every rule is elementwise. Where parameters are replicated over data-parallel devices, so then is the
 state. Stage 1 of ZeRO (Rajbhandari et al., 2020) splits it over them: of each accumulator a device keeps and
-updates 1/n, and XLA gathers the new parameters, which every device would otherwise have computed itself.
+updates 1/n, and XLA gathers the new parameters, which every device would otherwise have computed itself::
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -18,14 +18,14 @@ updates 1/n, and XLA gathers the new parameters, which every device would otherw
 
 On a mesh with explicit axes the updates come in parts: `jax.sharding.reshard(updates, PartitionSpec())`.
 
-**Flax NNX.** The optimizer calls `init`, so that is what has to know:
+**Flax NNX.** The optimizer calls `init`, so that is what has to know::
 
     zero1 = state_sharding(tx, nnx.state(model, nnx.Param), mesh, "data")
     tx_zero1 = tx._replace(init=jax.jit(tx.init, out_shardings=zero1))
     optimizer = nnx.Optimizer(model, tx_zero1, wrt=nnx.Param)
 
 **In the host's memory.** Where the backend has pinned host memory, the state can wait there between steps,
-and crosses the bus twice in each:
+and crosses the bus twice in each::
 
     on_host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), zero1)
     state = jax.jit(tx.init, out_shardings=on_host)(params)

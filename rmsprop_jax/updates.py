@@ -31,7 +31,7 @@ def apply_updates(params: SameTree, updates: Tree, *, key: jax.Array | None = No
     in float32 and rounded up or down at random: such updates add up in the mean, as in
     :mod:`rmsprop_jax.rounding`. An update may be small in a small dtype too: bfloat16 gradients give bfloat16
     updates, right to 1/512 of themselves. For float32 updates, cast the gradients before ``tx.update``, whose
-    updates come back in the gradients' dtype; XLA fuses the cast:
+    updates come back in the gradients' dtype; XLA fuses the cast::
 
         grads = optax.tree.cast(jax.grad(loss)(params), jnp.float32)
         updates, state = tx.update(grads, state, params)
