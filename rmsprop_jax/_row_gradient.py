@@ -1,7 +1,7 @@
 """A row-sparse gradient, and the rows of a table that belong to it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from rmsprop_jax._dtypes import dtype_of, wide
-from rmsprop_jax._leaves import named_leaves
+from rmsprop_jax._leaves import is_none, named_leaves
 
 if TYPE_CHECKING:
     from jax.experimental.sparse import BCOO
@@ -120,6 +120,18 @@ def is_row_gradient(x):
     return isinstance(x, RowGradient)
 
 
+def is_gradient(x: Any) -> bool:
+    """For `is_leaf`, in trees of gradients: None leaves a leaf alone, and row-sparse ones are whole."""
+    return is_none(x) or is_row_gradient(x)
+
+
+def map_gradients(f: Callable, tree: Any, *rest: Any, untouched: Callable = lambda *rest: None) -> Any:
+    """f of the gradients, dense and row-sparse; `untouched` of the rest where the first tree has None."""
+    return jax.tree.map(
+        lambda x, *xs: untouched(*xs) if x is None else f(x, *xs), tree, *rest, is_leaf=is_gradient
+    )
+
+
 def take(table, indices):
     """Rows of a table, sharded as the ids and as its columns are; zeros for those out of range."""
     indices = in_range(indices, table.shape[0])
@@ -132,8 +144,8 @@ def take(table, indices):
 
 
 def put(table, indices, rows):
-    """The table with other rows at `indices`, those out of range dropped."""
-    indices, rows = gathered(in_range(indices, table.shape[0])), gathered(rows.astype(table.dtype))
+    """The table with other rows at `indices`, which are those of `RowGradient.summed`; padding is dropped."""
+    indices, rows = gathered(indices), gathered(rows.astype(table.dtype))
     return table.at[indices].set(rows, mode="drop", **_sharded_as(table))
 
 

@@ -59,7 +59,7 @@ _OPTAX = (
 
 def is_rms_state(x: Any) -> bool:
     """Whether `x` is a state of this package's RMSProp or of Optax's."""
-    return isinstance(x, ScaleByRmsState) or (isinstance(x, tuple) and type(x).__name__ in _OPTAX)
+    return is_ours(x) or (isinstance(x, tuple) and type(x).__name__ in _OPTAX)
 
 
 def is_ours(x: Any) -> bool:

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from rmsprop_jax._dtypes import narrow
-from rmsprop_jax._leaves import is_none, named_leaves
-from rmsprop_jax._row_gradient import RowGradient, is_row_gradient, take
+from rmsprop_jax._leaves import named_leaves
+from rmsprop_jax._row_gradient import RowGradient, is_row_gradient, map_gradients, take
 from rmsprop_jax._types import Tree
 
 __all__ = ["global_norm", "values_only"]
@@ -80,7 +80,7 @@ def values_only(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         def sparse_again(g, u, old):
             return RowGradient(g.indices, narrow(u, old.dtype), g.num_rows) if is_row_gradient(g) else u
 
-        return _map(sparse_again, summed, values, updates), state
+        return map_gradients(sparse_again, summed, values, updates), state
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
@@ -97,8 +97,8 @@ def _refuse_another_result(tx, grads):
 
     with jax.ensure_compile_time_eval():
         for scale in (1e-4, 1.0, 1e4):
-            sparse = _map(partial(small, scale=scale), grads)
-            params = _map(lambda g: _array(rng, 1.0, g.shape, g.dtype), sparse)
+            sparse = map_gradients(partial(small, scale=scale), grads)
+            params = map_gradients(lambda g: _array(rng, 1.0, g.shape, g.dtype), sparse)
             summed = _summed(sparse)
             expected = named_leaves(tx.update(_dense(sparse), tx.init(params), params)[0])
             try:
@@ -109,7 +109,7 @@ def _refuse_another_result(tx, grads):
                     "rows.lazy and rows.exact are for optimizers."
                 ) from error
             found = _dense(
-                _map(lambda g, u: replace(g, values=u) if is_row_gradient(g) else u, summed, found)
+                map_gradients(lambda g, u: replace(g, values=u) if is_row_gradient(g) else u, summed, found)
             )
             for name, x in named_leaves(found).items():
                 # As far as sums in another order may differ.
@@ -129,11 +129,6 @@ def _leaves(tree):
     return named_leaves(tree, is_leaf=is_row_gradient)
 
 
-def _map(f, tree, *rest):
-    is_leaf = lambda x: is_none(x) or is_row_gradient(x)  # noqa: E731
-    return jax.tree.map(lambda x, *xs: None if x is None else f(x, *xs), tree, *rest, is_leaf=is_leaf)
-
-
 def _summed(tree):
     """Row-sparse gradients with each row once, and zeros for what is out of range."""
 
@@ -142,17 +137,17 @@ def _summed(tree):
         inside = jnp.expand_dims(g.indices < g.num_rows, range(1, g.ndim))
         return replace(g, values=jnp.where(inside, g.values, 0))
 
-    return _map(lambda g: summed(g) if is_row_gradient(g) else g, tree)
+    return map_gradients(lambda g: summed(g) if is_row_gradient(g) else g, tree)
 
 
 def _values(tree):
-    return _map(lambda g: g.values if is_row_gradient(g) else g, tree)
+    return map_gradients(lambda g: g.values if is_row_gradient(g) else g, tree)
 
 
 def _dense(tree):
-    return _map(lambda g: g.to_dense() if is_row_gradient(g) else g, tree)
+    return map_gradients(lambda g: g.to_dense() if is_row_gradient(g) else g, tree)
 
 
 def _rows_of(summed, params):
     """The parameters, of tables the rows that are touched."""
-    return _map(lambda g, p: take(p, g.indices) if is_row_gradient(g) else p, summed, params)
+    return map_gradients(lambda g, p: take(p, g.indices) if is_row_gradient(g) else p, summed, params)

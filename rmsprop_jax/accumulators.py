@@ -94,13 +94,21 @@ def decoded(codes: jax.Array, accumulator: "Accumulator | None" = None) -> jax.A
     Raises:
       ValueError: for a dtype that does not tell.
     """
-    if accumulator is None:
-        if jnp.issubdtype(codes.dtype, jnp.floating) and jnp.finfo(codes.dtype).bits >= 32:
-            return codes
-        if codes.dtype.name not in NAMED:
-            raise ValueError(f"nu is stored as {codes.dtype}: pass the accumulator as `source`.")
-        accumulator = NAMED[codes.dtype.name]
+    accumulator = reader(codes.dtype) if accumulator is None else accumulator
     return codes if accumulator is None else accumulator.decode(codes)
+
+
+def reader(dtype: np.dtype) -> "Accumulator | None":
+    """The accumulator that is named as its codes' dtype, None for float32 and float64.
+
+    Raises:
+      ValueError: for a dtype that does not tell.
+    """
+    if dtype == jnp.float64:
+        return None
+    if dtype.name not in NAMED:
+        raise ValueError(f"nu is stored as {dtype}: pass the accumulator as `source`.")
+    return NAMED[dtype.name]
 
 
 def encoded(

@@ -67,9 +67,9 @@ import numpy as np
 import optax
 
 from rmsprop_jax._dtypes import full_like, narrow, ordered_after
-from rmsprop_jax._leaves import flatten_matching, is_none, named_leaves
+from rmsprop_jax._leaves import flatten_matching, named_leaves
 from rmsprop_jax._lookup import check_ids, value_and_grad
-from rmsprop_jax._row_gradient import RowGradient, check_row_sparse, is_row_gradient, put, take
+from rmsprop_jax._row_gradient import RowGradient, check_row_sparse, map_gradients, put, take
 from rmsprop_jax._states import map_rms_states, rms_states
 from rmsprop_jax._values import global_norm, values_only
 from rmsprop_jax.accumulators import title
@@ -196,9 +196,9 @@ def _on_touched_rows(tx, decay=None):
 
     def update_fn(updates, state, params=None, **extra_args):
         check_row_sparse(updates)
-        grads = _map(RowGradient.summed, updates)
-        indices, values = _map(lambda g: g.indices, grads), _map(lambda g: g.values, grads)
-        shapes = _map(lambda g: jax.ShapeDtypeStruct(g.shape, g.dtype), updates)
+        grads = map_gradients(RowGradient.summed, updates)
+        indices, values = map_gradients(lambda g: g.indices, grads), map_gradients(lambda g: g.values, grads)
+        shapes = map_gradients(lambda g: jax.ShapeDtypeStruct(g.shape, g.dtype), updates)
 
         # That state with the rows' indices in place of its copies of the tables' tree, and None for all else.
         def indices_for(copy):
@@ -206,25 +206,31 @@ def _on_touched_rows(tx, decay=None):
             return indices
 
         where = _of_each_copy(tx, indices_for, state.dense)
-        touched = _map(lambda i, x: take(x, i), where, state.dense, untouched=lambda x: x)
+        touched = map_gradients(lambda i, x: take(x, i), where, state.dense, untouched=lambda x: x)
         if decay is not None:
-            last = _map(lambda i, s: take(s, i), indices, state.last)
+            last = map_gradients(lambda i, s: take(s, i), indices, state.last)
 
             def caught_up(rms):
-                missed = _map(lambda s: rms.count - s, last)
-                return rms._replace(nu=_map(partial(_decayed, decay), missed, rms.nu, untouched=lambda x: x))
+                missed = map_gradients(lambda s: rms.count - s, last)
+                return rms._replace(
+                    nu=map_gradients(partial(_decayed, decay), missed, rms.nu, untouched=lambda x: x)
+                )
 
             touched = map_rms_states(caught_up, touched)
         if params is not None:
-            params = _map(lambda i, p: take(p, i), indices, params)
+            params = map_gradients(lambda i, p: take(p, i), indices, params)
         steps, touched = tx.update(values, touched, params, **extra_args, rms_rows=indices)
-        steps = _map(lambda g, i, u: RowGradient(i, narrow(u, g.dtype), g.num_rows), updates, indices, steps)
-        new = _map(lambda i, x, y: put(x, i, y), where, state.dense, touched, untouched=lambda x, y: y)
+        steps = map_gradients(
+            lambda g, i, u: RowGradient(i, narrow(u, g.dtype), g.num_rows), updates, indices, steps
+        )
+        new = map_gradients(
+            lambda i, x, y: put(x, i, y), where, state.dense, touched, untouched=lambda x, y: y
+        )
         if decay is None:
             return steps, RowsState(None, new)
         count = next(rms_states(new)).count
-        now = _map(lambda s: ordered_after(jnp.full_like(s, count), s < 0), last)
-        last = _map(lambda i, s, t: put(s, i, t), indices, state.last, now, untouched=lambda s, t: s)
+        now = map_gradients(lambda s: ordered_after(jnp.full_like(s, count), s < 0), last)
+        last = map_gradients(lambda i, s, t: put(s, i, t), indices, state.last, now, untouched=lambda s, t: s)
         return steps, RowsState(last, new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -263,13 +269,3 @@ def _check_follows(params, copy):
 def _of_each_copy(tx, f, state):
     """`state` with f(tree) in place of each tree that follows the parameters, and None for all else."""
     return optax.tree.map_params(tx, f, state, transform_non_params=lambda _: None, is_leaf=lambda _: True)
-
-
-def _map(f, tree, *rest, untouched=lambda *rest: None):
-    """f of the leaves; `untouched` of the rest where the first tree has None."""
-    return jax.tree.map(
-        lambda x, *xs: untouched(*xs) if x is None else f(x, *xs),
-        tree,
-        *rest,
-        is_leaf=lambda x: is_none(x) or is_row_gradient(x),
-    )

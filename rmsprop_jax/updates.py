@@ -12,9 +12,9 @@ import optax
 
 from rmsprop_jax import rounding
 from rmsprop_jax._dtypes import dtype_of, narrow, wide
-from rmsprop_jax._leaves import is_none, leaf_name
+from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._row_gradient import add as add_rows
-from rmsprop_jax._row_gradient import is_row_gradient, put, take
+from rmsprop_jax._row_gradient import is_gradient, is_row_gradient, put, take
 from rmsprop_jax._types import SameTree, Tree
 
 __all__ = ["apply_updates"]
@@ -66,9 +66,7 @@ def apply_updates(params: SameTree, updates: Tree, *, key: jax.Array | None = No
         where = None if seed is None else (next(leaf), seed)
         return p if u is None else _add(path, p, u, where)
 
-    return jax.tree_util.tree_map_with_path(
-        add, updates, params, is_leaf=lambda u: is_none(u) or is_row_gradient(u)
-    )
+    return jax.tree_util.tree_map_with_path(add, updates, params, is_leaf=is_gradient)
 
 
 def _seed(key):

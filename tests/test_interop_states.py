@@ -9,19 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import Float16Root
 
-from rmsprop_jax import accumulators, interop, rmsprop, rounding, scale_by_rms
-
-
-@dataclass(frozen=True)
-class Float16Root:
-    """Two bytes, whose dtype no accumulator of the package has."""
-
-    def encode(self, nu, threshold):
-        return rounding.to_dtype(jnp.sqrt(nu), jnp.float16, threshold)
-
-    def decode(self, codes):
-        return jnp.square(codes.astype(jnp.float32))
+from rmsprop_jax import accumulators, interop, rmsprop, scale_by_rms
 
 
 @dataclass(frozen=True)

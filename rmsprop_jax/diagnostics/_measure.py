@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from rmsprop_jax import _checks, accumulators
-from rmsprop_jax._leaves import array_of, is_none, named_leaves
-from rmsprop_jax._row_gradient import is_row_gradient
+from rmsprop_jax._leaves import array_of, named_leaves
+from rmsprop_jax._row_gradient import is_gradient, is_row_gradient
 from rmsprop_jax._rule import Settings
 from rmsprop_jax._states import is_ours, rms_states
 from rmsprop_jax.diagnostics._figures import FIELDS, Measurement, figures
@@ -163,7 +163,7 @@ def columns_of(
 ) -> tuple[dict[str, jax.Array | None], jax.Array]:
     """The figures of each layer that has an accumulator, None where it has no gradient, and the step."""
     trees = {
-        what: named_leaves(tree, lambda x: is_none(x) or is_row_gradient(x))
+        what: named_leaves(tree, is_gradient)
         for what, tree in (("grads", grads), ("updates", updates), ("params", params))
     }
     columns: dict[str, jax.Array | None] = {}

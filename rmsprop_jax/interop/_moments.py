@@ -115,15 +115,15 @@ def _stored(node, arrays, count):
 
 def _accumulator(node, name, codes):
     """What stores a leaf of `nu`, None for float32 and float64."""
-    dtype = dtype_of(codes)
-    if node.accumulator is not None or dtype == jnp.float64:
+    if node.accumulator is not None:
         return node.accumulator
-    if dtype.name not in accumulators.NAMED:
+    try:
+        return accumulators.reader(dtype_of(codes))
+    except ValueError:
         raise ValueError(
-            f"The nu of {name!r} is stored as {dtype}, and its state does not say by which accumulator: "
-            "accumulators.convert(state, 'float32', source=...) decodes it."
-        )
-    return accumulators.NAMED[dtype.name]
+            f"The nu of {name!r} is stored as {dtype_of(codes)}, and its state does not say by which "
+            "accumulator: accumulators.convert(state, 'float32', source=...) decodes it."
+        ) from None
 
 
 def _double(x):
