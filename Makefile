@@ -75,7 +75,7 @@ peers: $(VENV)/.peers
 # The last line's other dependencies are large, and no one optimizer needs them.
 $(VENV)/.peers: $(VENV)/.installed
 	$(PY) -m pip install --quiet --group peers $(PIP_ARGS)
-	$(PY) -m pip install --quiet --no-deps bitsandbytes dm-sonnet stable-baselines3 timm $(PIP_ARGS)
+	$(PY) -m pip install --quiet --no-deps bitsandbytes dm-sonnet minatar stable-baselines3 timm $(PIP_ARGS)
 	touch $@
 
 $(VENV)/.packaging: $(VENV)/.installed

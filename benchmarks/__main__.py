@@ -9,7 +9,19 @@ and benchmarks/README.md.
 import importlib
 import sys
 
-NAMES = ("diagnostics", "eager", "memory", "quality", "rows", "scale", "step", "tasks", "trace", "train")
+NAMES = (
+    "diagnostics",
+    "eager",
+    "memory",
+    "minatar",
+    "quality",
+    "rows",
+    "scale",
+    "step",
+    "tasks",
+    "trace",
+    "train",
+)
 
 if __name__ == "__main__":
     match sys.argv[1:]:

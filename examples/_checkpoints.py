@@ -1,4 +1,4 @@
-"""The checkpoints of char_rnn.py: saved so that nothing is lost, restored so that the run goes on exactly.
+"""The checkpoints of char_rnn.py and dqn_minatar.py, saved so that nothing is lost and a run goes on exactly.
 
 Bit for bit on a CPU; a GPU adds some numbers up in an order that varies.
 """
@@ -10,7 +10,6 @@ import sys
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 
 
 def open_checkpoints(directory, resume):
@@ -30,23 +29,21 @@ def open_checkpoints(directory, resume):
     return manager, manager.latest_step() or 0
 
 
-def save(manager, step, model, optimizer, settings, history):
+def save(manager, step, state, settings, history):
     """Everything the next step depends on. The order of the data is in it: the seed and the step."""
     if manager.latest_step() != step:
-        state = ocp.args.StandardSave(nnx.state((model, optimizer)))
         about = ocp.args.JsonSave({"settings": settings, "history": history})
-        manager.save(step, args=ocp.args.Composite(state=state, about=about))
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), about=about))
 
 
-def restore(manager, step, model, optimizer, settings):
-    """Fills model and optimizer from the checkpoint and returns its history."""
+def restore(manager, step, state, settings):
+    """The state, in the structure and shapes of `state`, and the history of the checkpoint."""
     about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
     if message := misfit(about["settings"], settings):
         sys.exit(message)
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.state((model, optimizer)))
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-    nnx.update((model, optimizer), manager.restore(step, args=args).state)
-    return about["history"]
+    return manager.restore(step, args=args).state, about["history"]
 
 
 def settings_of(args, text):

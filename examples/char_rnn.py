@@ -113,7 +113,8 @@ def train(args):
     manager, start = open_checkpoints(args.out / "checkpoints", args.resume)
     history = {"train": [], "valid": [], "seconds": 0.0}
     if args.resume:
-        history = restore(manager, start, model, optimizer, settings)
+        state, history = restore(manager, start, nnx.state((model, optimizer)), settings)
+        nnx.update((model, optimizer), state)
         print(f"Continuing after step {start:,}.")
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -136,7 +137,7 @@ def train(args):
                 history["valid"].append([done, validation_loss(model, valid_rows).item()])
             history["seconds"] = before + time.perf_counter() - begun
             if done % args.every == 0 or last or stop:
-                save(manager, done, model, optimizer, settings, history)
+                save(manager, done, nnx.state((model, optimizer)), settings, history)
             valid = f"{history['valid'][-1][1]:.3f}" if history["valid"] else "-"
             bar.set_postfix(loss=f"{loss:.3f}", valid=valid, lr=f"{rates[step]:.1e}", refresh=False)
             bar.update()
