@@ -109,7 +109,7 @@ def summary(job: Job, folder: Path) -> dict[str, Any] | None:
 
 
 def of_seeds(row: dict[str, Any], frames: int) -> str:
-    """The mean of the seeds' returns in the POINT frames up to `frames`, and from the lowest to the highest."""
+    """The mean return in the POINT frames up to `frames`, over the seeds, and their lowest and highest."""
     if frames > row["frames"]:
         return "not run"
     values = [seed[frames // POINT - 1] for seed in row["curves"]]
