@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from benchmarks import _frame, bandwidth, readme, scale, side_by_side, step, torch_side
+from benchmarks import _frame, bandwidth, minatar, readme, scale, side_by_side, step, torch_side
 
 # The quick ones: `python -m benchmarks` runs all, in three minutes.
 SHORT = {  # a benchmark, and how the lines that it is to print begin
@@ -124,3 +124,24 @@ def test_pytorch_in_its_process_measures_itself_and_says_what_it_cannot(capsys):
         assert 0 < step() < 10
         assert torch.step("torch single", [(3,)], {"momentum": -1.0}, "cpu") is None
     assert "torch single is not measured: Invalid momentum value" in capsys.readouterr().out
+
+
+def test_minatar_goes_on_and_shows_what_there_is(tmp_path):
+    """What is finished is not run again, what is not goes on, and what has not been run says so."""
+    job = minatar.Job("breakout", minatar.AUTHORS, 200_000, 2)
+    assert minatar.summary(job, tmp_path) is None
+    (command,) = minatar.commands(job, tmp_path)
+    assert "--resume" not in command
+    # Two seeds, an episode every 10,000 frames: of return 1, then 3, in all; and of 2 more.
+    episodes = [[(10_000 * i, float(1 + 2 * (i > 5) + of)) for i in range(1, 11)] for of in (0, 2)]
+    done = {"frames": 100_000, "seeds": 2, "seconds": 50.0, "episodes": episodes}
+    (tmp_path / "returns.json").write_text(json.dumps(done))
+    (command,) = minatar.commands(job, tmp_path)
+    assert "--resume" in command
+    assert not minatar.commands(job._replace(frames=100_000), tmp_path)
+    row = minatar.summary(job, tmp_path)
+    assert row["curves"] == [[1.0, 3.0], [3.0, 5.0]]
+    assert row["frames_per_second"] == 4000
+    assert minatar.of_seeds(row, 100_000) == "4.0 (3.0 to 5.0)"
+    assert minatar.of_seeds(row, 150_000) == "not run"
+    assert "| breakout | 500,000 | 8.3 | not run | 2 |" in minatar.table({"rows": [row]})
