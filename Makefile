@@ -16,7 +16,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 PY = $(VENV)/bin/python
 
-TYPES_FLOOR = 90
+TYPES_FLOOR = 100
 WHEEL = $(VENV)-wheel
 
 .PHONY: train test check docs package types peers format clean

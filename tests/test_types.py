@@ -13,8 +13,6 @@ MODULES = [
     rmsprop_jax,
     *(x for name in rmsprop_jax.__all__ if inspect.ismodule(x := getattr(rmsprop_jax, name))),
 ]
-# Until their annotations no longer name `optax.Params`, whose own names Optax alone can resolve.
-WAITING = ("rmsprop_jax.diagnostics", "rmsprop_jax.interop")
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
     for module in MODULES
@@ -31,7 +29,7 @@ def methods(cls):
             yield function
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC if not name.startswith(WAITING)])
+@pytest.mark.parametrize("name", PUBLIC)
 def test_type_hints_can_be_resolved(name):
     public = PUBLIC[name]
     hints = typing.get_type_hints(public)

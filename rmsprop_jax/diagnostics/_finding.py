@@ -31,7 +31,7 @@ class Finding(NamedTuple):
     cause: str
     remedy: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         more = f" and {len(self.layers) - 3} more" if len(self.layers) > 3 else ""
         where = f" in {', '.join(self.layers[:3])}{more}" if self.layers else ""
         figures = ", ".join(f"{name} {value:.3g}" for name, value in self.figures.items())
@@ -85,7 +85,7 @@ class Run(NamedTuple):
         comparable = losses[0] > 0 and not np.any(losses < 0)
         return cls(names, step, figures, losses if comparable else None, loss_steps)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         try:
             return self.figures[name]
         except KeyError:

@@ -14,14 +14,15 @@ from rmsprop_jax._leaves import array_of, named_leaves
 from rmsprop_jax._row_gradient import is_gradient, is_row_gradient
 from rmsprop_jax._rule import Settings
 from rmsprop_jax._states import is_ours, rms_states
+from rmsprop_jax._types import Tree
 from rmsprop_jax.diagnostics._figures import FIELDS, Measurement, figures
 
 
 def measure(
-    grads: optax.Updates,
-    state: optax.OptState,
-    updates: optax.Updates,
-    params: optax.Params,
+    grads: Tree,
+    state: Tree,
+    updates: Tree,
+    params: Tree,
     *,
     tx: optax.GradientTransformation | None = None,
     decay: jax.typing.ArrayLike | None = None,
@@ -128,7 +129,7 @@ class Accumulators(NamedTuple):
     count: Any
 
 
-def accumulators_of(state: optax.OptState) -> dict[str, Accumulators]:
+def accumulators_of(state: Tree) -> dict[str, Accumulators]:
     """The accumulators in a state, by layer, but for those of layers without elements.
 
     Raises:
@@ -154,7 +155,7 @@ def accumulators_of(state: optax.OptState) -> dict[str, Accumulators]:
 
 def columns_of(
     grads: Any,
-    state: optax.OptState,
+    state: Tree,
     updates: Any,
     params: Any,
     settings: Settings,

@@ -25,7 +25,7 @@ _PANELS = (
 )
 
 
-def plot(history: Measurement | Sequence[Measurement], path: str | os.PathLike | None = None) -> Any:
+def plot(history: Measurement | Sequence[Measurement], path: str | os.PathLike[str] | None = None) -> Any:
     """One picture of a run: four figures as colours, a row for each layer, the steps from left to right.
 
     Grey is where there is no number: a gradient of zero, or one that is not finite.

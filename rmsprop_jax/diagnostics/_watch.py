@@ -12,6 +12,7 @@ from rmsprop_jax import _checks, accumulators
 from rmsprop_jax._dtypes import ordered_after
 from rmsprop_jax._leaves import array_of
 from rmsprop_jax._states import refusal
+from rmsprop_jax._types import Tree
 from rmsprop_jax.diagnostics._figures import FIELDS, Measurement, varying_axes
 from rmsprop_jax.diagnostics._measure import accumulators_of, by_name, columns_of, settings_of
 
@@ -33,7 +34,7 @@ class WatchState(NamedTuple):
         layer that had no gradient.
     """
 
-    inner: optax.OptState
+    inner: Tree
     seen: jax.Array
     every: jax.Array
     stored: jax.Array
@@ -166,7 +167,7 @@ def _thinned(arrays):
     return jax.tree.map(lambda x: jnp.concatenate([x[::2], jnp.zeros_like(x[::2])]), arrays)
 
 
-def history(state: optax.OptState) -> Measurement:
+def history(state: Tree) -> Measurement:
     """The measurements that `watch` has made, on the host: NumPy arrays with a leading axis of time.
 
     Layers that never had a gradient are left out.
@@ -183,7 +184,7 @@ def history(state: optax.OptState) -> Measurement:
     return _present(watched, steps, table)
 
 
-def latest(state: optax.OptState) -> dict[str, float]:
+def latest(state: Tree) -> dict[str, float]:
     """The newest measurement as numbers by name, for TensorBoard, Weights & Biases and other loggers.
 
     Args:

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
+from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import whole_number
 from rmsprop_jax.interop._moments import count_reasons, filled, moments, shapes_of
 from rmsprop_jax.interop._names import Key, Names, Theirs, by_paths, matched, paths, raise_if
@@ -14,14 +14,14 @@ from rmsprop_jax.interop._report import LOGGER, Reporter, tell
 
 
 def carried(
-    state: optax.OptState,
-    params: optax.Params,
+    state: Tree,
+    params: Tree,
     names: Names,
     theirs: Theirs,
     count: int,
     strict: bool = True,
     report: Reporter | None = None,
-) -> optax.OptState:
+) -> Tree:
     """`state` with what is under the other framework's names, see `matched`."""
     shapes = _shapes(params, shapes_of(state))
     pairs = _pairs(params, state)
@@ -42,7 +42,7 @@ def carried(
 
 
 def named(
-    state: optax.OptState, params: optax.Params, names: Names, theirs: Theirs, strict: bool = True
+    state: Tree, params: Tree, names: Names, theirs: Theirs, strict: bool = True
 ) -> tuple[dict[Key, np.ndarray], int]:
     """The moments in `state` by the names in `theirs`, laid out as there, and the count.
 
@@ -74,7 +74,7 @@ def named(
     return found, 0 if count is None else count
 
 
-def count_for(state: optax.OptState, count: Any, found: int | None, always: bool = True) -> int:
+def count_for(state: Tree, count: Any, found: int | None, always: bool = True) -> int:
     """How many updates there were: `count`, or what was `found` with the state.
 
     Args:
@@ -122,7 +122,7 @@ def _shapes(params, needed):
 # Complex parameters in `optax.contrib.split_real_and_imaginary`: two leaves here for one there.
 
 
-def _pairs(params: optax.Params, state: optax.OptState) -> Collection[str]:
+def _pairs(params: Tree, state: Tree) -> Collection[str]:
     """The paths of complex parameters whose moments are those of two reals."""
     needed = {path for _, path in shapes_of(state)}
     parameters = paths(params)

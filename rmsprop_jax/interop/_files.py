@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-Tensors = Mapping[str, Any] | str | os.PathLike
+Tensors = Mapping[str, Any] | str | os.PathLike[str]
 
 _TORCH = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 _HDF5 = (".h5", ".hdf5")
@@ -53,7 +53,7 @@ def is_keras_file(tensors: Any) -> bool:
     return isinstance(tensors, str | os.PathLike) and os.fspath(tensors).endswith((".keras", *_HDF5))
 
 
-def keras_config(path: str | os.PathLike) -> Mapping[str, Any] | None:
+def keras_config(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
     """What a `.keras` or `.h5` file says of its optimizer, ``{"class_name": ..., "config": ...}``, or None.
 
     Raises:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import optax
 
+from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import whole_number
 from rmsprop_jax.interop._carry import buffer_factor, carried, count_for, named
 from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
@@ -16,8 +16,8 @@ from rmsprop_jax.interop._variables import LABELS, Variables, rmsprop_config, va
 
 def from_keras(
     variables: Tensors,
-    state: optax.OptState,
-    params: optax.Params,
+    state: Tree,
+    params: Tree,
     names: Names,
     *,
     order: Sequence[str] | None = None,
@@ -27,7 +27,7 @@ def from_keras(
     count: int | None = None,
     strict: bool = True,
     report: Reporter | None = None,
-) -> optax.OptState:
+) -> Tree:
     """The state of `keras.optimizers.RMSprop` (Keras 3) as this package's.
 
     Args:
@@ -76,9 +76,9 @@ def from_keras(
 
 
 def to_keras(
-    state: optax.OptState,
+    state: Tree,
     variables: Mapping[str, Any],
-    params: optax.Params,
+    params: Tree,
     names: Names,
     *,
     learning_rate: float | None = None,

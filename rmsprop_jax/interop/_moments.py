@@ -16,11 +16,12 @@ from rmsprop_jax import accumulators
 from rmsprop_jax._dtypes import dtype_of
 from rmsprop_jax._leaves import leaf_name, named_leaves
 from rmsprop_jax._states import is_ours, is_rms_state, raw_moment, variance
+from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import as_numpy, cast, placed
 from rmsprop_jax.interop._names import Key
 
 
-def shapes_of(state: optax.OptState) -> dict[Key, tuple[int, ...]]:
+def shapes_of(state: Tree) -> dict[Key, tuple[int, ...]]:
     """The shape of each moment and momentum buffer in a state."""
     return {
         (what, name): jnp.shape(leaf)
@@ -30,7 +31,7 @@ def shapes_of(state: optax.OptState) -> dict[Key, tuple[int, ...]]:
     }
 
 
-def moments(state: optax.OptState) -> tuple[dict[Key, np.ndarray], int | None]:
+def moments(state: Tree) -> tuple[dict[Key, np.ndarray], int | None]:
     """The moments and momentum buffers in a state, and the number of updates so far, None if it has none.
 
     Raises:
@@ -50,7 +51,7 @@ def moments(state: optax.OptState) -> tuple[dict[Key, np.ndarray], int | None]:
     return arrays, max(counts, default=None)
 
 
-def filled(state: optax.OptState, arrays: Mapping[Key, np.ndarray], count: int) -> optax.OptState:
+def filled(state: Tree, arrays: Mapping[Key, np.ndarray], count: int) -> Tree:
     """`state` with its moments and momentum buffers from `arrays`, and every count from `count`.
 
     What is not in `arrays` stays as it is.
@@ -141,7 +142,7 @@ def _trees(node):
     return {"b": node.trace} if isinstance(node, optax.TraceState) else {}
 
 
-def _nodes(state: optax.OptState) -> Iterator[Any]:
+def _nodes(state: Tree) -> Iterator[Any]:
     for node in jax.tree.leaves(state, is_leaf=_is_node):
         yield node
         if _is_counter(node):
@@ -172,7 +173,7 @@ def _uncounted(counter):
     return {name: value for name, value in counter._asdict().items() if name != "count"}
 
 
-def count_reasons(state: optax.OptState) -> Iterator[str]:
+def count_reasons(state: Tree) -> Iterator[str]:
     """What in a state depends on the number of updates."""
     for node in _nodes(state):
         if _is_counter(node):

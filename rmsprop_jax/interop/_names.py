@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import optax
 
 from rmsprop_jax._leaves import named_leaves
+from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import as_numpy
 from rmsprop_jax.interop._report import Report
 
@@ -45,7 +45,7 @@ class Theirs(NamedTuple):
         return any(self.lookup(name, what) is not None for what in self.labels)
 
 
-def paths(tree: optax.Params) -> dict[str, tuple[int, ...]]:
+def paths(tree: Tree) -> dict[str, tuple[int, ...]]:
     """The path of each array in a tree, as `names` has it, and the array's shape.
 
     Example:

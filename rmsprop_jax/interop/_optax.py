@@ -2,8 +2,8 @@
 
 import jax
 import numpy as np
-import optax
 
+from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import placed
 from rmsprop_jax.interop._carry import count_for
 from rmsprop_jax.interop._moments import filled, is_multi_steps, moments, shapes_of
@@ -14,13 +14,13 @@ _LABELS = {"E[g^2]": "nu", "E[g]": "mu", "b": "trace"}
 
 
 def from_optax(
-    optax_state: optax.OptState,
-    state: optax.OptState,
+    optax_state: Tree,
+    state: Tree,
     *,
     count: int | None = None,
     strict: bool = True,
     report: Reporter | None = None,
-) -> optax.OptState:
+) -> Tree:
     """The state of `optax.rmsprop` as this package's; the parameters' tree is the same.
 
     Args:
@@ -56,7 +56,7 @@ def from_optax(
     return _carried_over(state, optax_state, arrays, found, strict, report)
 
 
-def to_optax(state: optax.OptState, optax_state: optax.OptState) -> optax.OptState:
+def to_optax(state: Tree, optax_state: Tree) -> Tree:
     """This package's state as that of `optax.rmsprop`; the parameters' tree is the same.
 
     Args:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 import jax
-import optax
 
 from rmsprop_jax._leaves import leaf_name
+from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import placed
 from rmsprop_jax.interop._files import Tensors, load
 from rmsprop_jax.interop._names import Names, Theirs, finder, is_array, matched, paths
@@ -16,12 +16,12 @@ _NESTS = ("state_dict", "model_state_dict", "model")
 
 def params_from(
     tensors: Tensors,
-    params: optax.Params,
+    params: Tree,
     names: Names,
     *,
     strict: bool = True,
     report: Reporter | None = None,
-) -> optax.Params:
+) -> Tree:
     """Parameters from another framework's: `params` with every array replaced.
 
     Args:

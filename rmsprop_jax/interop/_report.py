@@ -26,7 +26,7 @@ class Report(NamedTuple):
     kept: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
 
-    def __str__(self):
+    def __str__(self) -> str:
         parts = [f"{len(self.carried)} carried over."]
         if self.kept:
             parts.append(f"Kept as init made them: {', '.join(map(repr, self.kept))}.")

@@ -11,6 +11,7 @@ import optax
 
 from rmsprop_jax import conventions
 from rmsprop_jax._leaves import leaf_name
+from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._checkpoints import entries_of, stepped
 from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
 from rmsprop_jax.interop._keras import from_keras
@@ -28,7 +29,7 @@ _KERAS_ONLY = ("name", "use_ema", "ema_momentum", "loss_scale_factor", "jit_comp
 
 def resume_torch(
     checkpoint: Tensors,
-    params: optax.Params,
+    params: Tree,
     names: Names,
     *,
     order: Sequence[str] | None = None,
@@ -39,7 +40,7 @@ def resume_torch(
     count: int | None = None,
     strict: bool = True,
     report: Reporter | None = None,
-) -> tuple[optax.GradientTransformation, optax.OptState]:
+) -> tuple[optax.GradientTransformation, Tree]:
     """The optimizer of a PyTorch run and its state: what :func:`from_torch` does, and its hyper-parameters.
 
     Args:
@@ -129,7 +130,7 @@ def resume_torch(
 
 def resume_keras(
     variables: Tensors,
-    params: optax.Params,
+    params: Tree,
     names: Names,
     *,
     config: Mapping[str, Any] | None = None,
@@ -138,7 +139,7 @@ def resume_keras(
     count: int | None = None,
     strict: bool = True,
     report: Reporter | None = None,
-) -> tuple[optax.GradientTransformation, optax.OptState]:
+) -> tuple[optax.GradientTransformation, Tree]:
     """The optimizer of a Keras run and its state: what :func:`from_keras` does, and its hyper-parameters.
 
     Args:

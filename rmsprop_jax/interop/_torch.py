@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import optax
 
+from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._carry import buffer_factor, carried, count_for, named
 from rmsprop_jax.interop._checkpoints import Entry, entries_of, stepped
 from rmsprop_jax.interop._files import Tensors, load
@@ -17,8 +17,8 @@ _LABELS = {"E[g^2]": "square_avg", "E[g]": "grad_avg", "b": "momentum_buffer"}
 
 def from_torch(
     optimizer_state: Tensors,
-    state: optax.OptState,
-    params: optax.Params,
+    state: Tree,
+    params: Tree,
     names: Names,
     *,
     order: Sequence[str] | None = None,
@@ -27,7 +27,7 @@ def from_torch(
     count: int | None = None,
     strict: bool = True,
     report: Reporter | None = None,
-) -> optax.OptState:
+) -> Tree:
     """The state of `torch.optim.RMSprop`, or of timm's or Stable-Baselines3's, as this package's.
 
     Args:
@@ -81,9 +81,9 @@ def from_torch(
 
 
 def to_torch(
-    state: optax.OptState,
+    state: Tree,
     optimizer_state: Mapping[str, Any],
-    params: optax.Params,
+    params: Tree,
     names: Names,
     *,
     order: Sequence[str] | None = None,
