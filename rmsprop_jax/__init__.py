@@ -7,7 +7,7 @@ from rmsprop_jax.schedules import warmup
 from rmsprop_jax.transform import scale_by_rms
 from rmsprop_jax.updates import apply_updates
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ScaleByRmsState",

@@ -62,8 +62,8 @@ def get(name: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
 
     Hydra takes a path, ``_target_: rmsprop_jax.conventions.torch``, and Fiddle the function itself,
     ``fdl.Config(conventions.get("torch"), lr=7e-4)``. Where a configuration holds plain values, as with
-    draccus, a convention is a string in it, and its arguments are a dictionary. So they are for tyro, which has
-    no options for what may be an array or a schedule too:
+    draccus, a convention is a string in it, and its arguments are a dictionary. So they are for tyro, which
+    makes no options of what may be an array or a schedule too:
     ``conventions.torch(**tyro.cli(dict, default={"lr": 7e-4, "alpha": 0.99}))`` has ``--lr`` and ``--alpha``.
     Pydantic takes the functions as they are,
     ``validate_call(config={"arbitrary_types_allowed": True})(conventions.torch)``.

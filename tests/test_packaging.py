@@ -16,8 +16,12 @@ RECIPE = (ROOT / "packaging" / "conda" / "recipe.yaml").read_text()
 
 def test_one_version():
     assert PROJECT["dynamic"] == ["version"]
-    for text in ((ROOT / "CITATION.cff").read_text(), RECIPE):
+    citation = (ROOT / "CITATION.cff").read_text()
+    (released,) = re.findall(r"^date-released: (.*)$", citation, re.MULTILINE)
+    for text in (citation, RECIPE):
         assert re.findall(r'^ *version: "?([\d.]+\w*)"?$', text, re.MULTILINE) == [rmsprop_jax.__version__]
+    headings = re.findall(r"^## \[(.*)\] - (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == (rmsprop_jax.__version__, released)
 
 
 def test_one_address():
