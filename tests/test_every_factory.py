@@ -101,14 +101,15 @@ def test_numpy_in(make):
 
 
 @each(FACTORIES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64", "float64"])
-@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
-def test_strict_promotion(make, dtype, wide, request, strict):
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [(mode, dtype) for mode in ("x32", "x64") for dtype in ("bfloat16", "float32", "complex64")]
+    + [("x64", "float64")],
+)
+def test_strict_promotion(make, mode, dtype, request, strict):
     """Numbers, schedules and arrays, in both x64 modes; the fixture of all tests forbids rank promotion."""
-    if wide:
+    if mode == "x64":
         request.getfixturevalue("x64")
-    elif dtype == "float64":
-        pytest.skip("float64 is for x64")
     params = jax.tree.map(lambda p: p.astype(dtype), P)
     options = {"weight_decay": 0.1} if "weight_decay" in inspect.signature(make).parameters else {}
     rates = [0.5, jnp.float32(0.5)]
