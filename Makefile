@@ -4,6 +4,7 @@
 # make package the sdist and the wheel, checked; the wheel steps in an empty environment
 # make types   how much of the public names has a type: at least TYPES_FLOOR percent
 # make docs    the site, in docs/_build/html
+# make lowest  the tests of what the extras are for, on the oldest versions that pyproject.toml allows
 # make peers   installs PyTorch, Keras, TensorFlow, ...: `make test` then compares with them too
 #
 # Each sets up what it needs in $(VENV), and uses it again when it is there. Another interpreter:
@@ -18,8 +19,10 @@ PY = $(VENV)/bin/python
 
 TYPES_FLOOR = 100
 WHEEL = $(VENV)-wheel
+LOWEST = $(VENV)-lowest
+LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_output.py tests/test_example*.py)
 
-.PHONY: train test check docs package types peers format clean
+.PHONY: train test check docs package types lowest peers format clean
 
 train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
@@ -47,6 +50,13 @@ types: package
 	cd $(WHEEL) && PATH="$(abspath $(WHEEL))/bin:$$PATH" $(abspath $(VENV))/bin/pyright \
 	    --verifytypes rmsprop_jax --ignoreexternal --outputjson > types.json || true
 	$(PY) .ci/types $(WHEEL)/types.json $(TYPES_FLOOR)
+
+# pip has no way to choose the oldest; uv has.
+lowest:
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[all]' --group test
+	$(LOWEST)/bin/python -m pytest -q $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 format: $(VENV)/.installed
 	$(PY) -m ruff format .
