@@ -135,7 +135,10 @@ def test_settings_that_arrive_as_arrays():
 )
 def test_a_foreign_optimizer_is_asked_for_its_decay(tx):
     for ask, how in [
-        (diagnostics.watch, r"watch\(...\) around rmsprop itself inside the chain"),
+        (
+            diagnostics.watch,
+            r"watch\(...\) around rmsprop itself, inside the chain or what optax\.inject_hyperparams takes",
+        ),
         (
             partial(diagnostics.measure, PARAMS, (), PARAMS, PARAMS),
             "tx=, rmsprop itself from inside the chain",
@@ -143,6 +146,15 @@ def test_a_foreign_optimizer_is_asked_for_its_decay(tx):
     ]:
         with pytest.raises(ValueError, match=f"Invalid decay.*{how}, or pass decay=, eps=, eps_in_sqrt="):
             ask(tx=tx)
+
+
+def test_under_injected_hyperparameters_it_stands_inside():
+    tx = optax.inject_hyperparams(lambda learning_rate: diagnostics.watch(rmsprop(learning_rate)))(0.01)
+    state = tx.init(PARAMS)
+    state.hyperparams["learning_rate"] = jnp.float32(0.02)
+    _, state = tx.update(PARAMS, state, PARAMS)
+    found = diagnostics.history(state).learning_rate
+    np.testing.assert_allclose([*found.values()], 0.02, rtol=1e-5)
 
 
 def test_measure_without_a_word_asks_too():

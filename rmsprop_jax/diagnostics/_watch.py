@@ -63,7 +63,9 @@ def watch(
 
     Args:
       tx: :func:`rmsprop_jax.rmsprop` or one of :mod:`rmsprop_jax.conventions`, whose settings are read from
-        it; or an optimizer that does not tell them, Optax's or a chain of Optax's with one in it.
+        it; or an optimizer that does not tell them, Optax's or a chain of Optax's with one in it. Under
+        :func:`optax.inject_hyperparams` it stands inside:
+        ``inject_hyperparams(lambda learning_rate: watch(rmsprop(learning_rate)))(1e-3)``.
       every: updates between measurements, 1 or more.
       decay: of an optimizer that does not tell its settings; the others as for :func:`measure`.
       capacity: number of measurements that are stored, an even one.
@@ -89,9 +91,8 @@ def watch(
       >>> print(history.step, history.bias_correction_factor["w"].round(2))
       [ 1  6 11] [0.1  0.47 0.69]
     """
-    settings = settings_of(
-        tx, decay, eps, eps_in_sqrt, accumulator, "Put watch(...) around rmsprop itself inside the chain"
-    )
+    instead = "Put watch(...) around rmsprop itself, inside the chain or what optax.inject_hyperparams takes"
+    settings = settings_of(tx, decay, eps, eps_in_sqrt, accumulator, instead)
     every, capacity = _checks.whole_number("every", every, 1), _checks.whole_number("capacity", capacity, 2)
     if capacity % 2:
         raise ValueError(f"Invalid capacity: {capacity=}, expected an even number.")
