@@ -2,8 +2,7 @@
 
 Each prints a table and writes its figures, and a picture where it has one, into benchmarks/results. Without a
 name all of them are run in a short form, which keeps nothing. `python -m benchmarks NAME --help` lists a
-benchmark's options; `python -m benchmarks readme` puts the results into README.md
-and benchmarks/README.md.
+benchmark's options. docs/*.md have the tables' places: the site fills them from what is there.
 """
 
 import importlib
@@ -29,7 +28,7 @@ if __name__ == "__main__":
             for name in NAMES:
                 print(f"== {name}")
                 importlib.import_module(f"benchmarks.{name}").main(["--short"])
-        case [name, *options] if name in (*NAMES, "readme"):
+        case [name, *options] if name in NAMES:
             importlib.import_module(f"benchmarks.{name}").main(options)
         case _:
             sys.exit(f"{__doc__}\nNames: {', '.join(NAMES)}")

@@ -44,7 +44,7 @@ def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def spread(ratio: dict[str, float], digits: int = 2) -> str:
-    """What `side_by_side.ratio` returns: the median, and the middle half."""
+    """What `side_by_side.ratio` returns: the median, and the interquartile range."""
     median, low, high = (f"{ratio[name]:.{digits}f}" for name in ("median", "low", "high"))
     return f"{median} ({low} to {high})"
 

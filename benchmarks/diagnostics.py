@@ -37,10 +37,11 @@ class Trainer:
 
 
 def table(data):
-    """README's."""
     ms = data["milliseconds"]
     cells = f"{ms['without']:.1f} ms", f"{ms['watched']:.1f} ms", spread(data["ratio"], 3)
-    return markdown(["a step of the main job", "with `watch`, every 10", "ratio, middle half"], [cells])
+    return markdown(
+        ["a step of the main job", "with `watch`, every 10", "ratio (interquartile range)"], [cells]
+    )
 
 
 def main(argv=None):

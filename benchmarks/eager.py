@@ -54,7 +54,7 @@ def compare(form, leaves, torch, rounds):
 
 
 def table(data):
-    columns = ["leaves", "form", "Optax", "rmsprop_jax", "times faster, middle half", "update alone"]
+    columns = ["leaves", "form", "Optax", "rmsprop_jax", "times faster (interquartile range)", "update alone"]
     rows = []
     for row in data["rows"]:
         ms = row["milliseconds"]

@@ -97,7 +97,6 @@ def torch_steps(params):
 
 
 def table(data):
-    """README's."""
     columns = ["accumulator", "state, bytes per parameter", "moved per step", "milliseconds", "of optax"]
     rows = []
     for name, row in data["rows"].items():
@@ -140,7 +139,7 @@ def main(argv=None):
         }
         for name, side in sides.items()
     }
-    heading = f"{'':20} {'state':>6} {'moved':>6}   {'ms':>7}   of optax (middle half)   temporary"
+    heading = f"{'':20} {'state':>6} {'moved':>6}   {'ms':>7}   of optax (quartiles)   temporary"
     printed(heading, rows.items(), line)
     if not short:
         keep("memory", {"rounds": rounds, "rows": rows}, *(package for package, _ in peers))

@@ -169,7 +169,7 @@ def final_losses(task, learning_rate, steps, batch, decay, setting, seeds):
 
 
 def table(data):
-    """README's: mean over the seeds, and their standard deviation."""
+    """Mean over the seeds, and their standard deviation."""
     rows = [
         (row["task"], f"{row['decay']}", *(mean_and_deviation(losses) for losses in row["losses"].values()))
         for row in data["rows"]

@@ -140,7 +140,7 @@ def draw(results):
 
 
 def table(data):
-    """README's: tables of every size, with the ids of one batch size and distribution."""
+    """Tables of every size, with the ids of one batch size and distribution."""
     columns = ["rows of the table", "dense `optax.rmsprop`", "`rows.exact`", "ratio", "rows, alone"]
     cells = []
     for r in data["results"]:

@@ -171,44 +171,30 @@ def _times(row, name):
 
 
 def table(data):
-    """README's: every tree, plain and with everything."""
-    rows = [row for row in data["rows"] if row["form"] in ("plain", "centered, momentum")]
-    return _table(rows)
-
-
-def report(data):
-    """All of it, and how long it compiles."""
+    """Every tree and form, then how long they compile, and the bandwidth."""
+    columns = ["tree", "form", "`optax.rmsprop`", "`rmsprop`", "ratio (interquartile range)", "Keras"]
     names = ("optax", "ours", "keras", "torch compile")
-    compiling = []
+    stepping, compiling, rates = [], [], {}
     for row in data["rows"]:
-        cells = [row["compile_seconds"].get(name) for name in names]
-        compiling.append((_of_size(row), row["form"], *("-" if s is None else f"{s:.2f}" for s in cells)))
-    fastest = {}
-    for row in data["rows"]:
-        if row["limit_milliseconds"] is not None:
-            for name, rate in row["gigabytes_per_second"].items():
-                fastest.setdefault(name, []).append(rate)
-    rates = ", ".join(f"{name} {sorted(some)[len(some) // 2]:.0f}" for name, some in fastest.items())
-    return "\n\n".join(
-        [
-            _table(data["rows"]),
-            "Seconds to trace, lower and compile; PyTorch's first step:",
-            markdown(["tree", "form", *names], compiling),
-            f"Bandwidth in the same turns, GB/s, median of the large trees' rows: {rates}.",
-        ]
-    )
-
-
-def _table(rows):
-    columns = ["tree", "form", "`optax.rmsprop`", "`rmsprop`", "ratio, middle half", "Keras"]
-    cells = []
-    for row in rows:
-        ms, limit = row["milliseconds"], row["limit_milliseconds"]
+        ms, limit, seconds = row["milliseconds"], row["limit_milliseconds"], row["compile_seconds"]
         times = _time(ms["optax"]), _time(ms["ours"]), spread(row["ratio"])
         peers = _times(row, "keras"), ", ".join(_times(row, name) for name in VARIANTS)
         of_limit = "" if limit is None else f"{ms['ours'] / limit:.2f}"
-        cells.append((_of_size(row), row["form"], *times, *peers, of_limit))
-    return markdown([*columns, "PyTorch loop, foreach, compiled", "of the limit"], cells)
+        stepping.append((_of_size(row), row["form"], *times, *peers, of_limit))
+        cells = (f"{seconds[name]:.2f}" if seconds.get(name) is not None else "-" for name in names)
+        compiling.append((_of_size(row), row["form"], *cells))
+        if limit is not None:
+            for name, rate in row["gigabytes_per_second"].items():
+                rates.setdefault(name, []).append(rate)
+    medians = ", ".join(f"{name} {sorted(some)[len(some) // 2]:.0f}" for name, some in rates.items())
+    return "\n\n".join(
+        [
+            markdown([*columns, "PyTorch loop, foreach, compiled", "of the limit"], stepping),
+            "Seconds to trace, lower and compile; PyTorch's first step:",
+            markdown(["tree", "form", *names], compiling),
+            f"Bandwidth in the same turns, GB/s, median of the large trees' rows: {medians}.",
+        ]
+    )
 
 
 def line(row):
@@ -225,7 +211,7 @@ def main(argv=None):
     short = options.parse_args(argv).short
     rounds, scale = (3, 8) if short else (20, 1)
     heading = (
-        f"{'':33} {'optax':>8} {'ours':>8}   ratio (middle half)      times ours: {'  '.join(PEERS)}   limit"
+        f"{'':33} {'optax':>8} {'ours':>8}   ratio (quartiles)      times ours: {'  '.join(PEERS)}   limit"
     )
     with TorchProcess() as torch:
         cases = (

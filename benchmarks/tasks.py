@@ -171,7 +171,7 @@ def plainly(values):
 
 
 def table(data):
-    """README's: mean over the seeds, and their standard deviation; bold the best, italic as good."""
+    """Mean over the seeds, and their standard deviation; bold the best, italic as good."""
     rows = []
     for row in data["rows"]:
         scores = {name: np.array(method["scores"], float) for name, method in row["methods"].items()}
@@ -199,7 +199,7 @@ def as_good(some, best):
 def draw(rows):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
     panels = figure.subplots(2, 4)
     for axes, row in zip(panels.flat, rows, strict=False):
         plan = PLANS[row["task"]]

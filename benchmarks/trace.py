@@ -61,7 +61,13 @@ def compare(form, leaves, rounds):
 
 
 def table(data):
-    columns = ["leaves", "form", "trace and lower: Optax", "rmsprop_jax", "times faster, middle half"]
+    columns = [
+        "leaves",
+        "form",
+        "trace and lower: Optax",
+        "rmsprop_jax",
+        "times faster (interquartile range)",
+    ]
     rows = []
     for row in data["rows"]:
         sides = row["optax"], row["ours"]

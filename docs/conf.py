@@ -12,7 +12,7 @@ import inventories  # noqa: E402
 import links  # noqa: E402
 
 import rmsprop_jax  # noqa: E402
-from benchmarks import readme  # noqa: E402
+from benchmarks import tables  # noqa: E402
 
 project = "rmsprop_jax"
 author = "The rmsprop_jax authors"
@@ -80,7 +80,7 @@ def _source(app, docname, source):
 
     text = re.sub(r"<!-- page (\S+) -->", page, source[0])
     text = text.replace("REPOSITORY", links.REPOSITORY).replace("COLAB", links.COLAB)
-    filled = readme.filled(text, whole=docname == "benchmarks")
+    filled = tables.filled(text)
     if filled != source[0]:  # so that an incremental build sees new results
         for results in (ROOT / "benchmarks" / "results").glob("*.json"):
             app.env.note_dependency(str(results), docname=docname)

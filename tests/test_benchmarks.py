@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from benchmarks import _frame, bandwidth, minatar, readme, scale, side_by_side, step, torch_side
+from benchmarks import _frame, bandwidth, minatar, scale, side_by_side, step, tables, torch_side
 
 # The quick ones: `python -m benchmarks` runs all, in three minutes.
 SHORT = {  # a benchmark, and how the lines that it is to print begin
@@ -40,18 +40,16 @@ def test_a_short_run_prints_every_row_and_keeps_nothing(name, capsys):
 @pytest.mark.parametrize("name", ["eager", "scale", "step", "trace", "train"])
 def test_tables_have_a_cell_for_every_column(name):
     data = json.loads((_frame.RESULTS / f"{name}.json").read_text())
-    module = importlib.import_module(f"benchmarks.{name}")
-    for text in (module.table(data), getattr(module, "report", module.table)(data)):
-        for block in re.split(r"\n(?!\|)", text):
-            lines = [line for line in block.splitlines() if line.startswith("|")]
-            assert len({line.count("|") for line in lines}) <= 1, lines
+    for block in re.split(r"\n(?!\|)", importlib.import_module(f"benchmarks.{name}").table(data)):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) <= 1, lines
 
 
 def test_a_gpu_that_was_not_there_is_not_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert "Not measured." in readme.filled("<!-- step_gpu -->\n<!-- end -->")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.filled("<!-- table step_gpu -->") == "Not measured."
     with pytest.raises(FileNotFoundError):
-        readme.filled("<!-- step -->\n<!-- end -->")
+        tables.filled("<!-- table step -->")
 
 
 def test_sides_take_turns_and_a_side_may_measure_itself():
