@@ -6,18 +6,8 @@ from pathlib import Path, PurePosixPath
 from posixpath import normpath
 
 ROOT = Path(__file__).parents[1]
-
-
-def _repository():
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
-    known = {name.lower(): url for name, url in urls.items()}
-    for name in ("repository", "source", "source code", "homepage"):
-        if "github.com" in known.get(name, ""):
-            return known[name].rstrip("/").removesuffix(".git")
-    return "https://github.com/rmsprop-jax/rmsprop_jax"
-
-
-REPOSITORY = _repository()
+_URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+REPOSITORY, SITE = _URLS["Repository"], _URLS["Documentation"]
 COLAB = REPOSITORY.removeprefix("https://github.com/")  # as Colab's addresses have it
 
 

@@ -25,13 +25,16 @@ def test_one_version():
 
 
 def test_one_address():
-    base = PROJECT["urls"]["Repository"]
-    assert all(url.startswith(base) for url in PROJECT["urls"].values())
+    urls = PROJECT["urls"].copy()
+    base, site = urls["Repository"], urls.pop("Documentation")
+    assert all(url.startswith(base) for url in urls.values())
     owner, name = base.split("/")[-2:]
+    assert site == f"https://{owner}.github.io/{name}"
     files = [*ROOT.glob("*.md"), *ROOT.glob("*.cff"), *CI.rglob("*.*"), *(ROOT / "packaging").rglob("*.*")]
-    for path in files:
-        for found in re.findall(rf"github\.com/([\w-]+)/{name}\b", path.read_text()):
-            assert found == owner, path
+    address = rf"github(?:usercontent)?\.com/([\w-]+)/{name}\b|([\w-]+)\.github\.io/{name}\b"
+    for path in [*files, ROOT / "benchmarks" / "README.md"]:
+        for found in re.finditer(address, path.read_text()):
+            assert (found[1] or found[2]) == owner, path
 
 
 def test_the_oldest_versions_are_those_that_are_tested():
