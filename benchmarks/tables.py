@@ -16,7 +16,7 @@ def filled(text: str) -> str:
 
 
 def costs() -> str:
-    """What a user pays with and without jit, until the first step and in training: rows of four benchmarks."""
+    """What a user pays with and without jit, until the first step and in training."""
     step, eager, trace, train = (_read(name)["rows"] for name in ("step", "eager", "trace", "train"))
     cells = []
     for row in step:

@@ -73,7 +73,7 @@ def table(data):
         sides = row["optax"], row["ours"]
         lowered = [f"{side['trace'] + side['lower']:.2f} s" for side in sides]
         compiled = [f"{side['compile']:.1f} s" for side in sides]
-        lines = ", ".join(f"{side['lines']:,}" for side in sides)
+        lines = ", ".join(f"{side['lines']:,.0f}" for side in sides)
         rows.append(
             (f"{row['leaves']:,}", row["form"], *lowered, spread(row["lowered_faster"], 1), *compiled, lines)
         )
