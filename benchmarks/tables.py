@@ -1,6 +1,7 @@
 """Tables of the results, for the site: `<!-- table NAME -->` in docs/*.md stands for one.
 
-NAME is a benchmark, a benchmark's on a GPU (`step_gpu`), or `costs`, which has a few rows of several.
+NAME is a benchmark, a benchmark's on a GPU (`step_gpu`), or `costs`, which has a few rows of several. Another
+table of a benchmark is `<!-- table NAME FUNCTION -->`.
 """
 
 import importlib
@@ -12,7 +13,7 @@ from benchmarks._frame import RESULTS, markdown
 
 def filled(text: str) -> str:
     """The page with its tables, each with what it was measured on."""
-    return re.sub(r"<!-- table (\w+) -->", lambda match: _table(match[1]), text)
+    return re.sub(r"<!-- table (\w+) ?(\w*) -->", lambda match: _table(match[1], match[2] or "table"), text)
 
 
 def costs() -> str:
@@ -42,12 +43,16 @@ def costs() -> str:
     return markdown(["", "Optax", "here", "times faster"], cells)
 
 
-def _table(name):
+def _table(name, function):
     if name.endswith("_gpu") and not (RESULTS / f"{name}.json").exists():
         return "Not measured."
     data = _read("train" if name == "costs" else name)
     benchmark = name.removesuffix("_gpu")
-    table = costs() if name == "costs" else importlib.import_module(f"benchmarks.{benchmark}").table(data)
+    table = (
+        costs()
+        if name == "costs"
+        else getattr(importlib.import_module(f"benchmarks.{benchmark}"), function)(data)
+    )
     where = ", ".join(f"{key} {value}" for key, value in data["environment"].items() if key != "device")
     return f"{table}\n\n{data['environment']['device']}; {where}."
 
