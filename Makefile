@@ -6,6 +6,7 @@
 # make docs    the site, in docs/_build/html
 # make lowest  the tests of what the extras are for, on the oldest versions that pyproject.toml allows
 # make peers   installs PyTorch, Keras, TensorFlow, ...: `make test` then compares with them too
+# make gpu     measures and tests on a GPU, in nine minutes; the data go to OUT=gpu
 #
 # Each sets up what it needs in $(VENV), and uses it again when it is there. Another interpreter:
 # make test PYTHON=python3.13 VENV=.venv-3.13
@@ -18,11 +19,13 @@ PYTEST_ARGS ?=
 PY = $(VENV)/bin/python
 
 TYPES_FLOOR = 100
+OUT ?= gpu
+CUDA ?= cuda12
 WHEEL = $(VENV)-wheel
 LOWEST = $(VENV)-lowest
 LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_output.py tests/test_example*.py)
 
-.PHONY: train test check docs package types lowest peers format clean
+.PHONY: train test check docs package types lowest peers gpu format clean
 
 train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
@@ -86,6 +89,16 @@ peers: $(VENV)/.peers
 $(VENV)/.peers: $(VENV)/.installed
 	$(PY) -m pip install --quiet --group peers $(PIP_ARGS)
 	$(PY) -m pip install --quiet --no-deps bitsandbytes dm-sonnet minatar stable-baselines3 timm $(PIP_ARGS)
+	touch $@
+
+# With the interpreter's own JAX where it has one that sees the GPU.
+gpu:
+	if $(PYTHON) -c 'import jax, optax, pytest, tqdm; jax.devices("gpu")' 2> /dev/null; \
+	then $(PYTHON) -m benchmarks gpu --out $(OUT); \
+	else $(MAKE) $(VENV)/.gpu && $(PY) -m benchmarks gpu --out $(OUT); fi
+
+$(VENV)/.gpu: $(VENV)/.installed
+	$(PY) -m pip install --quiet 'jax[$(CUDA)]' $(PIP_ARGS)
 	touch $@
 
 $(VENV)/.packaging: $(VENV)/.installed

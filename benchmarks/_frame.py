@@ -54,11 +54,12 @@ def keep(name: str, data: dict[str, Any], *packages: str) -> None:
     print(save(name, {"environment": environment(*packages), **data}))
 
 
-def save(name: str, data: dict[str, Any]) -> Path:
+def save(name: str, data: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Keeps the data as NAME.json, or as NAME_gpu.json when that is where they were measured."""
-    path = result(name)
-    path.write_text(json.dumps(data, indent=1) + "\n")
-    return path
+    path = result(name, folder=folder)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(data, indent=1) + "\n")
+    return unfinished.replace(path)
 
 
 def save_picture(name: str, figure, grid: str = "both") -> None:
@@ -68,10 +69,16 @@ def save_picture(name: str, figure, grid: str = "both") -> None:
     figure.savefig(result(name, ".png"), dpi=130)
 
 
-def result(name: str, suffix: str = ".json") -> Path:
-    RESULTS.mkdir(exist_ok=True)
+def result(name: str, suffix: str = ".json", folder: Path = RESULTS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     backend = jax.default_backend()
-    return RESULTS / f"{name}{'' if backend == 'cpu' else f'_{backend}'}{suffix}"
+    return folder / f"{name}{'' if backend == 'cpu' else f'_{backend}'}{suffix}"
+
+
+def stored(name: str) -> dict[str, Any] | None:
+    """The data that `save` left, if there are any."""
+    path = result(name)
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def environment(*packages: str) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """The jitted training step that the benchmarks take, with its own donated buffers."""
 
+import math
+import re
 import time
+from collections import Counter
 from functools import partial
 
 import jax
@@ -39,6 +42,10 @@ class Step:
     @property
     def temporary_bytes(self):
         return self.compiled.memory_analysis().temp_size_in_bytes
+
+    @property
+    def operations(self):
+        return operations(self.compiled.as_text())
 
 
 def compiled(step, kept, *inputs):
@@ -88,3 +95,36 @@ def both(params, **options):
 
 def size(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def operations(program):
+    """How often each operation is in a compiled program's text, in its entry and in what that calls."""
+    parts = dict(re.findall(r"^(ENTRY|%?[\w.-]+) [^\n]*\{$(.*?)^\}", program, re.MULTILINE | re.DOTALL))
+    found, left = Counter(), ["ENTRY"]
+    while left:
+        for name, rest in _OPERATION.findall(parts[left.pop()]):
+            found[name] += 1
+            if name == "call":  # on a GPU, of kernels that are launched together
+                left += re.findall(r"to_apply=(%?[\w.-]+)", rest)
+    return dict(found)
+
+
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?\S+ = .*? ([a-z][\w-]*)\((.*)$", re.MULTILINE)
+_FREE = "parameter|constant|tuple|get-tuple-element|bitcast|call|copy-done|async-done"
+
+
+def kernels(operations):
+    """How many of them do work: on a GPU each is a kernel, on a CPU a loop."""
+    return sum(count for name, count in operations.items() if not re.fullmatch(_FREE, name))
+
+
+def on_accelerator() -> bool:
+    """Whether steps are queued for a device that works by itself."""
+    return jax.default_backend() != "cpu"
+
+
+def wider():
+    """How many times as wide trees are on an accelerator, so that a step takes longer than to queue it: 3, or
+    less where its memory is too small for four sides of 20 bytes per parameter and the streams."""
+    stats = jax.devices()[0].memory_stats() if on_accelerator() else None
+    return min(3, max(1, math.isqrt(int(stats["bytes_limit"] / 128 / 3e7)))) if stats else 1

@@ -1,8 +1,10 @@
 """What does it cost to keep the accumulator in fewer bytes? Time and memory of a step beside float32's.
 
 Update and apply, jitted and donated, on the transformer tree of `benchmarks/step.py`. "8 bytes" has bfloat16
-parameters and gradients, a one-byte accumulator, and parameters that are rounded without bias. PyTorch's
-RMSprop and bitsandbytes' in 8 bits, on the same tree, are measured where they are installed.
+parameters and gradients, a one-byte accumulator, and parameters that are rounded without bias; "6 bytes" the
+same with a factored one. Beside them, whom one would leave for memory's sake or go to: Optax's Adam,
+Adafactor, and its factored second moments alone (`optax.scale_by_factored_rms`). PyTorch's RMSprop and
+bitsandbytes' in 8 bits, on the same tree, are measured on a CPU where they are installed.
 """
 
 import importlib.util
@@ -13,16 +15,29 @@ import jax.numpy as jnp
 import optax
 
 import rmsprop_jax
-from benchmarks._frame import accumulators, keep, markdown, parser, printed, spread
-from benchmarks._steps import Step, gradients, size
+from benchmarks._frame import accumulators, markdown, printed, spread
+from benchmarks._run import Run, parser
+from benchmarks._steps import Step, gradients, on_accelerator, size, wider
+from benchmarks.bandwidth import gigabytes_per_second, streams
 from benchmarks.side_by_side import alternate, milliseconds, ratio
 from benchmarks.step import transformer
+
+
+def factored_rms(rate):
+    return optax.chain(optax.scale_by_factored_rms(), optax.scale_by_learning_rate(rate))
+
 
 SETTINGS = {
     "optax, float32": (optax.rmsprop, {}, jnp.float32),
     **{name: (rmsprop_jax.rmsprop, {"accumulator": name}, jnp.float32) for name in accumulators()},
     "8 bytes": (rmsprop_jax.rmsprop, {"accumulator": "uint8"}, jnp.bfloat16),
+    "6 bytes": (rmsprop_jax.rmsprop, {"accumulator": "factored"}, jnp.bfloat16),
+    "optax, factored rms": (factored_rms, {}, jnp.float32),
+    "optax, adafactor": (optax.adafactor, {}, jnp.float32),
+    "optax, adam": (optax.adam, {}, jnp.float32),
 }
+if "factored" not in accumulators():
+    del SETTINGS["6 bytes"]
 
 
 class JaxStep(Step):
@@ -51,6 +66,7 @@ class JaxStep(Step):
             "state_bytes_per_parameter": kept / size(params),
             "moved_bytes_per_parameter": (2 * (kept + params_bytes) + grads) / size(params),
             "temporary_bytes": self.temporary_bytes,
+            "operations": self.operations,
         }
 
 
@@ -98,7 +114,7 @@ def torch_steps(params):
 
 def table(data):
     columns = ["accumulator", "state, bytes per parameter", "moved per step", "milliseconds", "of optax"]
-    rows = []
+    counted, rows = "gigabytes_per_second" in data, []
     for name, row in data["rows"].items():
         moved, temporary = row.get("moved_bytes_per_parameter"), row.get("temporary_bytes")
         rows.append(
@@ -106,12 +122,14 @@ def table(data):
                 name,
                 f"{row['state_bytes_per_parameter']:.2f}",
                 "" if moved is None else f"{moved:.0f}",
-                f"{row['milliseconds']:.1f}",
+                f"{row['milliseconds']:.{1 if row['milliseconds'] >= 10 else 2}f}",
                 f"{row['ratio']['median']:.2f}",
                 "" if temporary is None else f"{temporary / 1e6:.1f} MB",
             )
+            + ((f"{row['of_the_copy']:.2f}" if "of_the_copy" in row else "",) if counted else ())
         )
-    return markdown([*columns, "temporary"], rows)
+    columns += ["temporary", *(["of a copy's bandwidth"] if counted else [])]
+    return markdown(columns, rows)
 
 
 def line(named):
@@ -123,23 +141,34 @@ def line(named):
     )
 
 
+def compare(rounds, params, peers):
+    """All settings at once, since they take turns: name and row of each, and the memory's bandwidth."""
+    sides = {name: JaxStep(*setting, params) for name, setting in SETTINGS.items()} | peers
+    stream, queued = streams(size(params)), on_accelerator()
+    seconds = alternate(sides | stream, rounds, 10 if queued else 1, queued)
+    bandwidth = gigabytes_per_second(stream, seconds)
+    rows = {}
+    for name, side in sides.items():
+        figures, ms = side.figures(), milliseconds(seconds[name])
+        rows[name] = {**figures, "milliseconds": ms, "ratio": ratio(seconds[name], seconds["optax, float32"])}
+        if "moved_bytes_per_parameter" in figures:
+            moved = figures["moved_bytes_per_parameter"] * figures["parameters"]
+            rows[name]["of_the_copy"] = moved / (ms * 1e6) / bandwidth["copy"]
+    return {"settings": rows, "gigabytes_per_second": bandwidth}
+
+
 def main(argv=None):
-    options = parser("memory", __doc__, short="a small tree, a few rounds, nothing kept")
-    short = options.parse_args(argv).short
-    rounds, params = (3, transformer(8)) if short else (40, transformer())
-    peers = torch_steps(params)
-    sides = {name: JaxStep(*setting, params) for name, setting in SETTINGS.items()}
-    sides |= {name: side for (_, name), side in peers.items()}
-    seconds = alternate(sides, rounds)
-    rows = {
-        name: {
-            **side.figures(),
-            "milliseconds": milliseconds(seconds[name]),
-            "ratio": ratio(seconds[name], seconds["optax, float32"]),
-        }
-        for name, side in sides.items()
-    }
-    heading = f"{'':20} {'state':>6} {'moved':>6}   {'ms':>7}   of optax (quartiles)   temporary"
-    printed(heading, rows.items(), line)
-    if not short:
-        keep("memory", {"rounds": rounds, "rows": rows}, *(package for package, _ in peers))
+    made = parser("memory", __doc__, short="a small tree, a few rounds, nothing kept")
+    made.add_argument("--no-peers", action="store_true", help="without PyTorch and bitsandbytes")
+    options = made.parse_args(argv)
+    rounds = 3 if options.short else 20 if on_accelerator() else 40
+    params = transformer(1 / 8 if options.short else wider())
+    peers = {} if options.no_peers or on_accelerator() else torch_steps(params)
+    run = Run("memory", options, *(package for package, _ in peers))
+    peers = {name: side for (_, name), side in peers.items()}
+    for measured in run.measured({"all settings": partial(compare, rounds, params, peers)}):
+        rows = measured.pop("settings")
+        run.data |= {"rounds": rounds, **measured, "rows": rows}
+        heading = f"{'':20} {'state':>6} {'moved':>6}   {'ms':>7}   of optax (quartiles)   temporary"
+        printed(heading, rows.items(), line)
+    run.end()

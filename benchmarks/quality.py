@@ -6,11 +6,18 @@ documentation. Each is trained with decay 0.9, 0.99 and 0.999 and every setting,
 are vmapped; the learning rate falls to 0 by a cosine. "8 bytes": bfloat16 parameters and gradients, one-byte
 accumulators, all rounded without bias; "nearest": the same, but parameters rounded to nearest.
 
-    python -m benchmarks quality            5 seeds, the figures and a picture
-    python -m benchmarks quality --short    2 seeds, a few steps, one decay
+Beside them Optax's Adam (its b2 is the decay), Adafactor, and its second moments alone
+(`optax.scale_by_factored_rms`), at the same learning rate: Adafactor without the factor of the parameters'
+own size, and its decay is a schedule of its own. These networks' leaves are small: factored are those whose
+two largest sizes are 16 or more, instead of 128. For rates tuned to each method, see tasks.py.
+
+    python -m benchmarks quality                  5 seeds, the figures and a picture
+    python -m benchmarks quality --only digits    one task, put among what is kept of the others
+    python -m benchmarks quality --short          2 seeds, a few steps, one decay
 """
 
 import re
+from dataclasses import replace
 from pydoc_data.topics import topics
 
 import jax
@@ -20,13 +27,45 @@ import optax
 from tqdm import tqdm
 
 import rmsprop_jax
-from benchmarks._frame import accumulators, keep, markdown, parser, printed, save_picture
+from benchmarks._frame import accumulators, environment, markdown, parser, save, save_picture, stored
 
-SETTINGS = {  # accumulator, dtype of the parameters, whether they are rounded without bias
-    **{name: (name, jnp.float32, False) for name in accumulators()},
-    "8 bytes": ("uint8", jnp.bfloat16, True),
-    "nearest": ("uint8", jnp.bfloat16, False),
+SMALL = 16  # the least of a leaf's two largest sizes with which it is factored
+
+
+def accumulator(name):
+    """What to write for `accumulator=`."""
+    return replace(rmsprop_jax.accumulators.NAMED[name], min_dim=SMALL) if name == "factored" else name
+
+
+def ours(name):
+    """From a schedule and a decay, the optimizer with the accumulator of that name."""
+
+    def make(rate, decay):
+        return rmsprop_jax.rmsprop(rate, decay, bias_correction=True, accumulator=accumulator(name))
+
+    return make
+
+
+def factored_rms(rate, decay):
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=SMALL)
+    return optax.chain(factored, optax.scale_by_learning_rate(rate))
+
+
+def adafactor(rate, decay):
+    return optax.adafactor(rate, min_dim_size_to_factor=SMALL, multiply_by_parameter_scale=False)
+
+
+SETTINGS = {  # the optimizer, the parameters' dtype, whether they are rounded without bias
+    **{name: (ours(name), jnp.float32, False) for name in accumulators()},
+    "8 bytes": (ours("uint8"), jnp.bfloat16, True),
+    "nearest": (ours("uint8"), jnp.bfloat16, False),
+    "6 bytes": (ours("factored"), jnp.bfloat16, True),
+    "factored rms": (factored_rms, jnp.float32, False),
+    "adafactor": (adafactor, jnp.float32, False),
+    "adam": (lambda rate, decay: optax.adam(rate, b2=decay), jnp.float32, False),
 }
+if "factored" not in accumulators():
+    del SETTINGS["6 bytes"]
 DECAYS = (0.9, 0.99, 0.999)
 
 
@@ -138,13 +177,8 @@ TASKS = {
 def final_losses(task, learning_rate, steps, batch, decay, setting, seeds):
     """Validation losses after training, one for each seed."""
     init, loss, train, valid = task
-    accumulator, dtype, unbiased = setting
-    tx = rmsprop_jax.rmsprop(
-        optax.cosine_decay_schedule(learning_rate, steps),
-        decay,
-        bias_correction=True,
-        accumulator=accumulator,
-    )
+    make, dtype, unbiased = setting
+    tx = make(optax.cosine_decay_schedule(learning_rate, steps), decay)
     train, valid = ([jnp.asarray(array) for array in arrays] for arrays in (train, valid))
     valid = [array[:2000] for array in valid]
 
@@ -221,12 +255,29 @@ def line(row):
 
 def main(argv=None):
     options = parser("quality", __doc__, short="2 seeds, a few steps, one decay, nothing kept")
-    short = options.parse_args(argv).short
+    options.add_argument("--only", choices=TASKS, nargs="+", default=TASKS, help="put among what is kept")
+    args = options.parse_args(argv)
+    short = args.short
     seeds, decays = (2, DECAYS[:1]) if short else (5, DECAYS)
-    cases = [(name, decay) for name in TASKS for decay in decays]
-    bar = tqdm(cases, desc="quality", leave=False, disable=None)
-    heading = f"{'':14}" + "".join(f"{name:>17}" for name in SETTINGS)
-    rows = printed(heading, (compare(*case, seeds, short) for case in bar), line, write=tqdm.write)
-    if not short:
-        keep("quality", {"seeds": seeds, "rows": rows}, "scikit-learn")
-        save_picture("quality", draw(rows), grid="y")
+    where = environment("scikit-learn")
+    print(f"{'':14}" + "".join(f"{name:>17}" for name in SETTINGS), flush=True)
+    cases = [(name, decay) for name in TASKS if name in args.only for decay in decays]
+    for case in tqdm(cases, desc="quality", leave=False, disable=None):
+        row = compare(*case, seeds, short)
+        tqdm.write(line(row))
+        if not short:
+            rows = with_kept(row, where)
+            save("quality", {"environment": where, "seeds": seeds, "rows": rows})
+            save_picture("quality", draw(rows), grid="y")
+
+
+def with_kept(row, where):
+    """The row and the others that are kept from the same environment, of the same settings."""
+    data = stored("quality")
+    kept = data["rows"] if data is not None and data["environment"] == where else []
+    rows = {
+        (some["task"], some["decay"]): some
+        for some in (*kept, row)
+        if some["losses"].keys() == row["losses"].keys()
+    }
+    return [rows[name, decay] for name in TASKS for decay in DECAYS if (name, decay) in rows]

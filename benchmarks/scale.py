@@ -11,7 +11,6 @@ On a GPU, `python -m benchmarks scale` measures it and keeps it as scale_gpu.jso
 """
 
 import multiprocessing
-import re
 from concurrent.futures import ProcessPoolExecutor
 
 import jax
@@ -20,8 +19,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rmsprop_jax
-from benchmarks._frame import accumulators, keep, markdown, parser, save_picture
-from benchmarks._steps import PACKAGES, both, size, update_step
+from benchmarks._frame import accumulators, markdown
+from benchmarks._run import Run, parser
+from benchmarks._steps import PACKAGES, both, kernels, on_accelerator, size, update_step
 from benchmarks.bandwidth import gigabytes_per_second, streams
 from benchmarks.side_by_side import alternate, milliseconds, pooled, ratio
 
@@ -31,36 +31,28 @@ def state_bytes(params, accumulator="float32"):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def kernels(compiled):
-    """Operations of the entry computation that do work: on a GPU each is a kernel, on a CPU a loop."""
-    text = compiled.as_text()
-    entry = text[text.index("\nENTRY") :]
-    free = "parameter|constant|tuple|get-tuple-element|bitcast"
-    operations = re.findall(r"^\s+(?:ROOT )?%\S+ = .*? ([a-z][\w-]*)\(", entry, re.MULTILINE)
-    return sum(not re.fullmatch(free, name) for name in operations)
-
-
 def measure(params, rounds):
     """One point: times, kernels, bytes of state."""
-    sides, total = both(params), size(params)
-    seconds = pooled(alternate(sides, rounds, repeat=max(1, min(20, int(2e6 / total)))))
+    sides, total, queued = both(params), size(params), on_accelerator()
+    repeat = 20 if queued else max(1, min(20, int(2e6 / total)))
+    seconds = pooled(alternate(sides, rounds, repeat, queued))
     return {
         "parameters": total,
         "leaves": len(jax.tree.leaves(params)),
         "milliseconds": {name: milliseconds(times) for name, times in seconds.items()},
         "ratio": ratio(seconds["ours"], seconds["optax"]),
-        "kernels": {name: kernels(sides[name].compiled) for name in PACKAGES},
+        "kernels": {name: kernels(sides[name].operations) for name in PACKAGES},
         "gigabytes_per_second": 20 * total / (milliseconds(seconds["ours"]) * 1e6),
         "state_bytes": {accumulator: state_bytes(params, accumulator) for accumulator in accumulators()},
     }
 
 
 def over_parameters(sizes, rounds):
-    return [measure({"w": jnp.full(size, 0.1)}, rounds) for size in sizes]
+    return {f"{n:,} parameters": lambda n=n: measure({"w": jnp.full(n, 0.1)}, rounds) for n in sizes}
 
 
 def over_leaves(size, counts, rounds):
-    return [measure([jnp.full(size // count, 0.1)] * count, rounds) for count in counts]
+    return {f"{n:,} leaves": lambda n=n: measure([jnp.full(size // n, 0.1)] * n, rounds) for n in counts}
 
 
 def over_devices(total, rounds, simulated=None):
@@ -77,7 +69,7 @@ def over_devices(total, rounds, simulated=None):
         rms, *others = tx.init(params)
         state = rms._replace(nu=jax.device_put(rms.nu, sharding)), *others
         side = update_step(tx, params, state)
-        seconds = alternate({"ours": side}, rounds)
+        seconds = alternate({"ours": side}, rounds, 20 if on_accelerator() else 1, on_accelerator())
         kept = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(side.kept[1]))
         points.append(
             {
@@ -150,27 +142,31 @@ def draw(data):
     return figure
 
 
+def bandwidth(size, rounds):
+    sides, queued = streams(size), on_accelerator()
+    return gigabytes_per_second(sides, alternate(sides, rounds, 20 if queued else 1, queued))
+
+
 def main(argv=None):
-    options = parser("scale", __doc__, short="small sizes, a few rounds, nothing kept")
-    short = options.parse_args(argv).short
-    cpu = jax.default_backend() == "cpu"
+    options = parser("scale", __doc__, short="small sizes, a few rounds, nothing kept").parse_args(argv)
+    short, cpu = options.short, not on_accelerator()
     rounds = 3 if short else 20
     sizes = [10**n for n in range(4, 6 if short else 9 if cpu else 10)]
     counts = (1, 10) if short else (1, 10, 100, 1000, 2000)
-    sides = streams(sizes[-1] if short else 2**25)
-    data = {
-        "rounds": rounds,
-        "parameters": over_parameters(sizes, rounds),
-        "gigabytes_per_second": gigabytes_per_second(sides, alternate(sides, rounds)),
-        "leaves": over_leaves(10**5 if short else 10**6, counts, rounds),
-    }
     total = 2**16 if short else 2**22
+    run = Run("scale", options)
+    run.data |= {"rounds": rounds, "devices": []}
+    run.data["gigabytes_per_second"] = bandwidth(sizes[-1] if short else 2**25 if cpu else 2**28, rounds)
     if cpu:  # devices are simulated, and their number is fixed before the first of them is used
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            data["devices"] = process.submit(over_devices, total, rounds, simulated=8).result()
+            run.data["devices"] = process.submit(over_devices, total, rounds, simulated=8).result()
     else:
-        data["devices"] = over_devices(total, rounds)
-    print(table(data))
-    if not short:
-        keep("scale", data)
-        save_picture("scale", draw(data))
+        run.data["devices"] = over_devices(total, rounds)
+    for key, cases in (
+        ("parameters", over_parameters(sizes, rounds)),
+        ("leaves", over_leaves(10**5 if short else 10**6, counts, rounds)),
+    ):
+        for point in run.measured(cases, key):
+            print(f"{key}: {point[key]:,}, {point['milliseconds']['ours']:.3f} ms", flush=True)
+    print(table(run.data))
+    run.end(draw)

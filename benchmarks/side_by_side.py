@@ -11,33 +11,40 @@ import jax
 _AGAIN = ", again"
 
 
-def alternate(sides: dict[str, Callable[[], Any]], rounds: int, repeat: int = 1) -> dict[str, list[float]]:
+def alternate(
+    sides: dict[str, Callable[[], Any]], rounds: int, repeat: int = 1, queued: bool = False
+) -> dict[str, list[float]]:
     """Seconds per call of each side, `repeat` calls each in turn, after one round that does not count.
 
     Every round has an order of its own, drawn by lot: a side finds in the caches what the one before it left,
     and there and back the first and the last would come twice in a row, by which they were 10% faster. A side
-    returns arrays, which are waited for, or the seconds that it took, where it measures them itself.
+    returns arrays, which are waited for, or the seconds that it took, where it measures them itself. With
+    `queued`, arrays are waited for after the last call only, so that a device has the next step before it is
+    through with this one, as in training; what measures itself then does so in its method `queued(repeat)`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     order, lot = list(sides), random.Random(0)
     for counts in [False] + [True] * rounds:
         lot.shuffle(order)
         for name in order:
-            took = _timed(sides[name], repeat)
+            took = _timed(sides[name], repeat, queued)
             if counts:
                 seconds[name].append(took)
     return seconds
 
 
-def _timed(run, repeat):
+def _timed(run, repeat, queued):
+    if queued and hasattr(run, "queued"):
+        return run.queued(repeat)
     measured = 0.0
     begun = time.perf_counter()
     for _ in range(repeat):
         result = run()
         if isinstance(result, float):
             measured += result
-        else:
+        elif not queued:
             jax.block_until_ready(result)
+    jax.block_until_ready(result)
     return (measured or time.perf_counter() - begun) / repeat
 
 

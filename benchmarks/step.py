@@ -30,14 +30,28 @@ PyTorch's foreach passes over its tensors five times, 52 bytes per parameter by 
 times its speed is out of reach while both are bound by memory.
 """
 
+import contextlib
 import importlib.util
 import os
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks._frame import installed, keep, markdown, parser, printed, spread
-from benchmarks._steps import FEW_FORMS, FORMS, Step, both, gradients, size
+from benchmarks._frame import installed, markdown, printed, spread
+from benchmarks._run import Run, parser
+from benchmarks._steps import (
+    FEW_FORMS,
+    FORMS,
+    PACKAGES,
+    Step,
+    both,
+    gradients,
+    kernels,
+    on_accelerator,
+    size,
+    wider,
+)
 from benchmarks.bandwidth import gigabytes_per_second, streams
 from benchmarks.side_by_side import alternate, milliseconds, pooled, ratio
 from benchmarks.torch_side import VARIANTS, TorchProcess
@@ -46,18 +60,23 @@ PEERS = ("keras", *VARIANTS)
 
 
 def one_leaf(scale=1):
-    return {"w": jnp.full((65536 // scale, 512), 0.1)}
+    return {"w": jnp.full((int(65536 * scale**2), 512), 0.1)}
 
 
 def transformer(scale=1):
-    width = 512 // scale
+    """As many times as wide as one of 30 million parameters; of a single block where that is narrower."""
+    width = int(512 * scale)
     block = {
         **dict.fromkeys(("query", "key", "value", "out"), (width, width)),
         "up": (width, 4 * width),
         "down": (4 * width, width),
         **dict.fromkeys(("norm_attention", "norm_mlp"), (width,)),
     }
-    shapes = {**{f"block_{i}": block for i in range(9)}, "embed": (3072 // scale, width), "norm": (width,)}
+    shapes = {
+        **{f"block_{i}": block for i in range(9 if scale >= 1 else 1)},
+        "embed": (int(3072 * scale), width),
+        "norm": (width,),
+    }
     return jax.tree.map(lambda shape: jnp.full(shape, 0.1), shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
@@ -68,8 +87,8 @@ def small_leaves(count):
 TREES = {
     "one leaf": one_leaf,
     "transformer": transformer,
-    "200 leaves": lambda scale=1: small_leaves(200 // scale**2),
-    "2,000 leaves": lambda scale=1: small_leaves(2000 // scale**2),
+    "200 leaves": lambda scale=1: small_leaves(int(200 * min(1, scale**2))),
+    "2,000 leaves": lambda scale=1: small_leaves(int(2000 * min(1, scale**2))),
 }
 
 
@@ -113,13 +132,14 @@ def moved_bytes(params, options):
     return size(params) * 4 * (2 * (1 + accumulators) + 1)
 
 
-def compare(tree, form, params, torch, rounds, short):
-    options, leaves = FORMS[form], jax.tree.leaves(params)
+def compare(tree, form, scale, torch, rounds, short):
+    options, params, queued = FORMS[form], TREES[tree](scale), on_accelerator()
+    leaves = jax.tree.leaves(params)
     total = size(params)
     sides = both(params, **options)
-    if has_keras():
+    if torch is not None and has_keras():
         sides["keras"] = keras_step(options, params)
-    for variant in VARIANTS:
+    for variant in VARIANTS if torch is not None else ():
         if variant != "torch compile" or (not short and form == "plain" and len(leaves) <= 200):
             shapes = [leaf.shape for leaf in leaves]
             step = torch.step(variant, shapes, options, jax.default_backend())
@@ -128,10 +148,11 @@ def compare(tree, form, params, torch, rounds, short):
     # Small trees fit the caches: many steps in a turn, and streams apart from them.
     small = total < 1e6
     stream = streams(max(total, 2**16))
-    repeat = 1 if short else max(1, min(20, 300_000 // total))
-    seconds = pooled(alternate(sides if small else sides | stream, rounds, repeat))
-    seconds |= alternate(stream, rounds) if small else {}
-    torch.clear()
+    repeat = 1 if short else 20 if queued else max(1, min(20, 300_000 // total))
+    seconds = pooled(alternate(sides if small else sides | stream, rounds, repeat, queued))
+    seconds |= alternate(stream, rounds, repeat, queued) if small else {}
+    if torch is not None:
+        torch.clear()
     sides = {name: side for name, side in sides.items() if name in seconds}
     bandwidth = gigabytes_per_second(stream, seconds)
     limit = 1e3 * moved_bytes(params, options) / (max(bandwidth.values()) * 1e9)
@@ -150,6 +171,7 @@ def compare(tree, form, params, torch, rounds, short):
         "temporary_bytes": {
             name: side.temporary_bytes for name, side in sides.items() if isinstance(side, Step)
         },
+        "operations": {name: sides[name].operations for name in PACKAGES},
     }
 
 
@@ -175,7 +197,7 @@ def table(data):
     columns = ["tree", "form", "`optax.rmsprop`", "`rmsprop`", "ratio (interquartile range)", "Keras"]
     names = ("optax", "ours", "keras", "torch compile")
     stepping, compiling, rates = [], [], {}
-    for row in data["rows"]:
+    for row in sorted(data["rows"], key=lambda row: list(TREES).index(row["tree"])):
         ms, limit, seconds = row["milliseconds"], row["limit_milliseconds"], row["compile_seconds"]
         times = _time(ms["optax"]), _time(ms["ours"]), spread(row["ratio"])
         peers = _times(row, "keras"), ", ".join(_times(row, name) for name in VARIANTS)
@@ -192,9 +214,22 @@ def table(data):
             markdown([*columns, "PyTorch loop, foreach, compiled", "of the limit"], stepping),
             "Seconds to trace, lower and compile; PyTorch's first step:",
             markdown(["tree", "form", *names], compiling),
+            *_programs(data["rows"]),
             f"Bandwidth in the same turns, GB/s, median of the large trees' rows: {medians}.",
         ]
     )
+
+
+def _programs(rows):
+    """What the compiled steps consist of, where it was counted."""
+    cells = []
+    for row in rows:
+        for name, operations in row.get("operations", {}).items():
+            counts = kernels(operations), operations.get("copy", 0), operations.get("custom-call", 0)
+            temporary = f"{row['temporary_bytes'][name] / 1e6:.2f} MB"
+            cells.append((_of_size(row), row["form"], name, *(f"{n:,}" for n in counts), temporary))
+    columns = ["tree", "form", "side", "kernels", "of them copies", "custom calls", "temporaries"]
+    return ["The compiled programs:", markdown(columns, cells)] if cells else []
 
 
 def line(row):
@@ -207,18 +242,23 @@ def line(row):
 
 
 def main(argv=None):
-    options = parser("step", __doc__, short="small trees, a few rounds, nothing kept")
-    short = options.parse_args(argv).short
-    rounds, scale = (3, 8) if short else (20, 1)
+    made = parser("step", __doc__, short="small trees, a few rounds, nothing kept")
+    made.add_argument("--trees", choices=TREES, nargs="+", default=TREES, metavar="TREE", help="some of them")
+    made.add_argument("--no-peers", action="store_true", help="without Keras and PyTorch")
+    options = made.parse_args(argv)
+    short = options.short
+    rounds, scale = (3, 1 / 8) if short else (20, wider())
     heading = (
         f"{'':33} {'optax':>8} {'ours':>8}   ratio (quartiles)      times ours: {'  '.join(PEERS)}   limit"
     )
-    with TorchProcess() as torch:
-        cases = (
-            compare(tree, form, make(scale), torch, rounds, short)
-            for tree, make in TREES.items()
-            for form in forms_of(tree, short)
-        )
-        rows = printed(heading, cases, line)
-    if not short:
-        keep("step", {"rounds": rounds, "rows": rows}, *installed("keras", "torch"))
+    run = Run("step", options, *installed("keras", "torch"))
+    run.data["rounds"] = rounds
+    with contextlib.nullcontext() if options.no_peers else TorchProcess() as torch:
+        cases = {
+            f"{tree}, {form}": partial(compare, tree, form, scale, torch, rounds, short)
+            for form in FORMS  # all plain ones first, where there is not time for all
+            for tree in options.trees
+            if form in forms_of(tree, short)
+        }
+        printed(heading, run.measured(cases), line)
+    run.end()

@@ -1,6 +1,7 @@
 """Tables of the results, for the site: `<!-- table NAME -->` in docs/*.md stands for one.
 
-NAME is a benchmark, a benchmark's on a GPU (`step_gpu`), or `costs`, which has a few rows of several. Another
+NAME is a benchmark, a benchmark's on a GPU (`step_gpu`), `gpu`, which has how all of those ended, or `costs`,
+which has a few rows of several. Another
 table of a benchmark is `<!-- table NAME FUNCTION -->`.
 """
 
@@ -44,7 +45,7 @@ def costs() -> str:
 
 
 def _table(name, function):
-    if name.endswith("_gpu") and not (RESULTS / f"{name}.json").exists():
+    if name.endswith("gpu") and not (RESULTS / f"{name}.json").exists():
         return "Not measured."
     data = _read("train" if name == "costs" else name)
     benchmark = name.removesuffix("_gpu")

@@ -1,4 +1,4 @@
-"""Does it train better? Eight tasks with SGD, momentum, Adam, Optax's RMSProp, this one, and its warm-up.
+"""Does it train better? Eight tasks with SGD, momentum, Adam, Adafactor, Optax's RMSProp, and this one.
 
 digits: a convolutional network on scikit-learn's 8 x 8 digits. text: a recurrent network (GRU) predicts the
 next character of Python's documentation. cancer, diabetes: a network on a table, for classes and for a
@@ -6,19 +6,20 @@ number. words: skip-gram vectors. cartpole: an actor-critic. drift: a regression
 quadratic: two curvatures, noisy gradients.
 
 Every method has 30 trials on each task: ten learning rates, a factor of 2 apart, with each decay of 0.9, 0.99
-and 0.999 (Adam: b2), or each momentum of 0.5, 0.9 and 0.99; SGD, which has nothing else to tune, 30 rates
-over the same range. The adaptive methods share a range of rates; SGD and momentum, whose steps are in other
-units, share another. The trial that is best by the mean of 3 to 20 seeds is run with five others. A seed
-draws the data held out, the first weights and the batches, the same for all methods. The rate falls to 0
-by a cosine, except on drift, where it is constant. A warm-up takes 2 / (1 - decay) steps, at most a quarter
-of the run. All else has its default.
+and 0.999 (Adam: b2), or each momentum of 0.5, 0.9 and 0.99, or Adafactor's exponent of 0.7, 0.8 and 0.9; SGD,
+which has nothing else to tune, 30 rates over the same range. The adaptive methods share a range of rates; SGD
+and momentum, whose steps are in other units, share another; Adafactor's, which are relative to the
+parameters, are 4 times the adaptive ones'. This package's RMSProp comes plain, with its warm-up, and with a
+factored accumulator; leaves are factored as in quality.py. The trial that is best by the mean of 3 to 20
+seeds is run with five others. A seed draws the data held out, the first weights and the batches, the same for
+all methods. The rate falls to 0 by a cosine, except on drift, where it is constant. A warm-up takes
+2 / (1 - decay) steps, at most a quarter of the run. All else has its default.
 
     python -m benchmarks tasks                  all of them, the figures and a picture
     python -m benchmarks tasks --only digits    one, put among what is kept of the others
     python -m benchmarks tasks --short          three of them, one trial each, a few steps
 """
 
-import json
 import math
 from functools import partial
 from typing import NamedTuple
@@ -29,27 +30,35 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from benchmarks._frame import environment, markdown, parser, result, save, save_picture
+from benchmarks._frame import accumulators, environment, markdown, parser, save, save_picture, stored
 from benchmarks._tasks import MAKE
+from benchmarks.quality import SMALL, accumulator
 from rmsprop_jax import rmsprop, warmup
 
 OPTIMIZERS = {
     "SGD": lambda rate, _: optax.sgd(rate),
     "momentum": lambda rate, momentum: optax.sgd(rate, momentum),
     "Adam": lambda rate, b2: optax.adam(rate, b2=b2),
+    "Adafactor": lambda rate, exponent: optax.adafactor(rate, SMALL, exponent),
     "optax.rmsprop": optax.rmsprop,
     "rmsprop": rmsprop,
+    "rmsprop, factored": lambda rate, decay: rmsprop(rate, decay, accumulator=accumulator("factored")),
 }
 WARM = "rmsprop, warm-up"
 METHODS = {  # color, line width and opacity: Optax's curve is broad, since this package's lies on it
     "SGD": ("0.5", 1.2, 1.0),
     "momentum": ("tab:purple", 1.2, 1.0),
     "Adam": ("tab:orange", 1.6, 1.0),
+    "Adafactor": ("tab:red", 1.2, 1.0),
     "optax.rmsprop": ("tab:cyan", 5.0, 0.5),
     "rmsprop": ("tab:blue", 1.6, 1.0),
     WARM: ("tab:green", 1.6, 1.0),
+    "rmsprop, factored": ("black", 1.2, 0.8),
 }
+if "factored" not in accumulators():
+    del OPTIMIZERS["rmsprop, factored"], METHODS["rmsprop, factored"]
 PLAIN = {"SGD": (0.0,), "momentum": (0.5, 0.9, 0.99)}
+EXPONENTS = (0.7, 0.8, 0.9)
 DECAYS = (0.9, 0.99, 0.999)
 TRIALS, SPAN = 30, 2**9  # the highest rate is SPAN times the lowest
 POINTS = 25  # of each curve
@@ -117,7 +126,11 @@ def trainer(task, steps):
 
 def trials(method, plan):
     """The (rate, knob) of each."""
-    lowest, knobs = plan.plain if method in PLAIN else plan.adaptive, PLAIN.get(method, DECAYS)
+    lowest, knobs = plan.adaptive, DECAYS
+    if method in PLAIN:
+        lowest, knobs = plan.plain, PLAIN[method]
+    elif method == "Adafactor":
+        lowest, knobs = 4 * plan.adaptive, EXPONENTS
     rates = lowest * np.geomspace(1, SPAN, TRIALS // len(knobs))
     return [(float(rate), knob) for knob in knobs for rate in rates]
 
@@ -187,7 +200,7 @@ def table(data):
             mark = "**" if mean == of_best else "*" if as_good(some, best) else ""
             cells.append(f"{mark}{mean} ({np.std(some, ddof=1):.{digits}f}){mark}")
         rows.append((f"{row['task']}, {plan.measure}", *cells))
-    return markdown(["task", *METHODS], rows)
+    return markdown(["task", *data["rows"][0]["methods"]], rows)
 
 
 def as_good(some, best):
@@ -208,8 +221,8 @@ def draw(rows):
             name: [np.array(method[key], float) for key in ("mean", "low", "high")]
             for name, method in row["methods"].items()
         }
-        for name, (color, width, alpha) in METHODS.items():
-            mean, low, high = curves[name]
+        for name, (mean, low, high) in curves.items():
+            color, width, alpha = METHODS[name]
             axes.plot(steps, mean, color=color, lw=width, alpha=alpha, label=name)
             axes.fill_between(steps, low, high, color=color, alpha=0.08, lw=0)
         axes.set(title=f"{row['task']}: {plan.measure}", xlim=(0, plan.steps))
@@ -252,9 +265,8 @@ def main(argv=None):
 
 
 def with_kept(row, where):
-    """The row and those of the other tasks that are kept from the same environment."""
-    path, rows = result("tasks"), {}
-    if path.exists() and (data := json.loads(path.read_text()))["environment"] == where:
-        rows = {row["task"]: row for row in data["rows"]}
-    rows[row["task"]] = row
+    """The row and those of the other tasks that are kept from the same environment, of the same methods."""
+    data = stored("tasks")
+    kept = data["rows"] if data is not None and data["environment"] == where else []
+    rows = {some["task"]: some for some in (*kept, row) if some["methods"].keys() == row["methods"].keys()}
     return [rows[name] for name in PLANS if name in rows]

@@ -59,7 +59,11 @@ class _Step:
         self.process, self.variant, self.compile_s = process, variant, compile_s
 
     def __call__(self):
-        return self.process._ask("run", self.variant)
+        return self.queued(1)
+
+    def queued(self, steps):
+        """Seconds of each step, waited for after the last."""
+        return self.process._ask("run", self.variant, steps)
 
 
 def _serve(connection):
@@ -76,8 +80,8 @@ def _serve(connection):
                         reply = _seconds(steps[variant])
                     except Exception as error:
                         reply = str(error).strip().split("\n")[0] or repr(error)
-                case "run", variant:
-                    reply = _seconds(steps[variant])
+                case "run", variant, repeat:
+                    reply = _seconds(steps[variant], repeat)
                     time.sleep(2e-3)  # until its threads wait without spinning
                 case ("clear",):
                     steps.clear()
@@ -98,12 +102,13 @@ def _new(variant, shapes, options, device):
     return (torch.compile(optimizer.step) if variant == "torch compile" else optimizer.step), where
 
 
-def _seconds(step):
+def _seconds(step, repeat=1):
     import torch
 
     run, where = step
     begun = time.perf_counter()
-    run()
+    for _ in range(repeat):
+        run()
     if where == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return (time.perf_counter() - begun) / repeat

@@ -4,15 +4,17 @@ import importlib
 import json
 import math
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-from benchmarks import _frame, bandwidth, minatar, scale, side_by_side, step, tables, torch_side
+from benchmarks import _frame, _run, _steps, bandwidth, gpu, minatar, side_by_side, step, tables, torch_side
 
-# The quick ones: `python -m benchmarks` runs all, in three minutes.
+# The quick ones: `python -m benchmarks` runs all, in four minutes.
 SHORT = {  # a benchmark, and how the lines that it is to print begin
     "eager": r" +10 (plain|momentum|centered, momentum) ",
     "scale": r"\| [\d,]+ \| ",
@@ -47,9 +49,92 @@ def test_tables_have_a_cell_for_every_column(name):
 
 def test_a_gpu_that_was_not_there_is_not_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.filled("<!-- table step_gpu -->") == "Not measured."
+    for name in ("step_gpu", "gpu"):
+        assert tables.filled(f"<!-- table {name} -->") == "Not measured."
     with pytest.raises(FileNotFoundError):
         tables.filled("<!-- table step -->")
+
+
+def test_the_tests_for_a_gpu_are_there():
+    _, full, short = gpu.PARTS["tests"]
+    assert all((gpu.ROOT / name).is_file() for name in (*full, *short))
+
+
+@pytest.mark.slow
+def test_all_that_a_gpu_is_needed_for_runs_in_short(tmp_path):
+    before = kept()
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--short", "--out", tmp_path]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=500)
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: part["ended"] for name, part in data["parts"].items()} == dict.fromkeys(
+        gpu.PARTS, "done"
+    ), done
+    tests = data["parts"]["tests"]["tests"]
+    assert tests["passed"] == tests["collected"] > 5
+    for name in ("memory", "rows", "scale", "step"):
+        part = json.loads((tmp_path / f"{name}.json").read_text())
+        assert part["not_run"] == {}, name
+        assert "jax" in part["environment"], name
+        importlib.import_module(f"benchmarks.{name}").table(part)
+    assert (tmp_path / "log.txt").read_text() in done.stdout
+    assert kept() == before
+
+
+def test_a_run_begins_only_what_would_end_in_time_and_says_what_it_left_out(monkeypatch, tmp_path):
+    now = 0.0
+    monkeypatch.setattr(_run.time, "monotonic", lambda: now)
+
+    def takes(seconds):
+        nonlocal now
+        now += seconds
+        return seconds
+
+    def fails():
+        raise MemoryError("so many bytes")
+
+    options = _run.parser("x", "", "").parse_args(["--out", str(tmp_path), "--seconds", "10"])
+    run = _run.Run("x", options)
+    cases = {"first": lambda: takes(3), "large": fails, "second": lambda: takes(5), "third": lambda: takes(1)}
+    for row in run.measured(cases):
+        data = json.loads((tmp_path / _frame.result("x").name).read_text())
+        assert data["rows"][-1] == row  # written before the next case begins
+        if row == 3:
+            assert data["not_run"] == dict.fromkeys(("large", "second", "third"), "not reached")
+    data = json.loads((tmp_path / _frame.result("x").name).read_text())
+    assert data["rows"] == [3, 5]
+    assert data["not_run"] == {"large": "MemoryError: so many bytes", "third": "no time left"}
+
+
+def test_a_part_is_ended_with_all_that_it_started_when_its_time_is_over(tmp_path, monkeypatch):
+    (tmp_path / "endless.py").write_text(
+        "import subprocess, sys\nprint('begun', flush=True)\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    lines = []
+    ended, _ = gpu.run_part(["endless"], 2, lines.append)  # it would hang here if the other process lived on
+    assert ended == "time is over"
+    assert lines == ["begun\n"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "collected 9 items / 3 selected\nt.py::a[x - y] PASSED [ 33%]\nt.py::b FAILED [ 66%]\nE   so\n",
+        "4 workers [3 items]\n[gw0] [ 33%] PASSED t.py::a[x - y] \n[gw1] [ 66%] FAILED t.py::b \nE   so\n",
+    ],
+    ids=["one process", "several"],
+)
+def test_outcomes_of_tests_are_read_also_where_they_were_ended(lines):
+    assert gpu.outcomes(lines.splitlines(keepends=True)) == {
+        "collected": 3,
+        "passed": 1,
+        "failed": 1,
+        "error": 0,
+        "skipped": 0,
+        "not_passed": ["t.py::b"],
+        "errors": ["E   so"],
+    }
 
 
 def test_sides_take_turns_and_a_side_may_measure_itself():
@@ -101,10 +186,45 @@ def test_a_step_moves_its_arrays_once(form, per_parameter):
     assert step.moved_bytes(params, step.FORMS[form]) == 2 * read_and_written + 4 * 25 == per_parameter * 25
 
 
+def kernels(function, *args):
+    return _steps.kernels(_steps.operations(jax.jit(function).lower(*args).compile().as_text()))
+
+
 def test_kernels_are_what_runs():
     x = jnp.ones(8)
-    assert scale.kernels(jax.jit(lambda x: jnp.sin(x) + 1).lower(x).compile()) == 1
-    assert scale.kernels(jax.jit(lambda x: (x @ x, jnp.sort(x))).lower(x).compile()) >= 2
+    assert kernels(lambda x: jnp.sin(x) + 1, x) == 1
+    assert kernels(lambda x: (x @ x, jnp.sort(x)), x) >= 2
+
+
+def test_kernels_that_a_gpu_launches_together_are_counted():
+    """In such a program, two fusions are in a computation that the entry calls."""
+    program = """HloModule jit_step, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias) }
+
+%fused_multiply (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %m = f32[8]{0} multiply(%p, %p)
+}
+
+%command_buffer (a: f32[8], b: f32[8]) -> (f32[8], f32[8]) {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %loop.1 = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused_multiply
+  %loop.2 = f32[8]{0} fusion(%b), kind=kLoop, calls=%fused_multiply, backend_config={"x":[{"y":"1"}]}
+  ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%loop.1, %loop.2)
+}
+
+ENTRY %main.9 (x: f32[8], y: f32[8]) -> (f32[8], /*index=1*/f32[8]) {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[8]{0} parameter(1)
+  %copy.3 = f32[8]{0} copy(%y)
+  %call = (f32[8]{0}, f32[8]{0}) call(%x, %copy.3), to_apply=%command_buffer
+  ROOT %out = f32[8]{0} get-tuple-element(%call), index=0
+}
+"""
+    operations = _steps.operations(program)
+    assert operations["fusion"] == 2
+    assert operations["copy"] == 1
+    assert _steps.kernels(operations) == 3
 
 
 def test_without_pytorch_its_steps_are_absent(monkeypatch):
