@@ -21,6 +21,7 @@ NAMES = (
     "tasks",
     "trace",
     "train",
+    "uint4",
 )
 
 if __name__ == "__main__":
