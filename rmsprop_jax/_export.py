@@ -6,6 +6,7 @@ state is made, written or read.
 """
 
 import json
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -34,13 +35,17 @@ def register_optax_states() -> None:
             continue
 
 
+# What has no name, and is written as the numbers it is made of.
+_OWN = (accumulators.Uint8, accumulators.Factored)
+
+
 def _written(accumulator: accumulators.Accumulator | None) -> bytes:
     register_optax_states()
     if accumulator is None:
         return b""
     title = accumulators.title(accumulator)
-    if isinstance(title, accumulators.Uint8):
-        return json.dumps({"Uint8": title.exponent}).encode()
+    if isinstance(title, _OWN):
+        return json.dumps({type(title).__name__: asdict(title)}).encode()
     if not isinstance(title, str):
         raise ValueError(
             f"jax.export cannot write {accumulator}: give it a name, accumulators.NAMED['NAME'] = ..."
@@ -52,7 +57,8 @@ def _read(data: bytes) -> Any:
     register_optax_states()
     title = json.loads(data) if data else None
     if isinstance(title, dict):
-        return accumulators.Uint8(title["Uint8"])
+        ((name, numbers),) = title.items()
+        return next(own for own in _OWN if own.__name__ == name)(**numbers)
     return None if title is None else accumulators.named(title)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax._dtypes import dtype_of
+from rmsprop_jax._states import is_stored
 
 _NNX_VALUE = jax.tree_util.GetAttrKey("value")
 
@@ -79,7 +80,7 @@ def _mismatch(g, nu, mu):
 
 
 def _tree_mismatch(grads, nu):
-    names, expected = set(named_leaves(grads, is_none)), set(named_leaves(nu))
+    names, expected = set(named_leaves(grads, is_none)), set(named_leaves(nu, is_stored))
     differences = {"lack": sorted(expected - names), "add": sorted(names - expected)}
     parts = [f"{what} {', '.join(map(repr, some))}" for what, some in differences.items() if some]
     return (

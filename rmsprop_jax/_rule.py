@@ -16,7 +16,7 @@ exponentially weighted sums.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ class Settings:
       eps_in_sqrt: whether `eps` is added under the root or to the root.
       bias_correction: whether `nu` is divided by ``1 - decay**count`` before it is used.
       centered: whether `nu` is the second moment about the running mean `mu`.
-      accumulator: what stores `nu`, an :class:`rmsprop_jax.accumulators.Accumulator`; None for float32.
+      accumulator: what stores `nu`; None in diagnostics, where the state has to tell.
     """
 
     decay: float | jax.Array
@@ -50,7 +50,7 @@ class Settings:
     eps_in_sqrt: bool = True
     bias_correction: bool = False
     centered: bool = False
-    accumulator: accumulators.Accumulator | None = None
+    accumulator: accumulators.Accumulator | None = accumulators.NAMED["float32"]
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         return self._flat
@@ -116,39 +116,28 @@ def rule(g: jax.Array, nu: Any, mu: Any, where: Any, count: Any, settings: Setti
     limits = jnp.finfo(dtype)
     g_wide = g.astype(dtype)
     clipped = clip(g_wide, 2.0 ** (limits.maxexp // 2 - 2))  # its square is finite, and sums of a few
-    nu_new, now, mu = averages(clipped, nu, mu, settings)
-    nu, nu_new = stored(nu_new, now, nu, where, count, settings)
+    nu, nu_new, mu = averages(clipped, nu, mu, where, count, settings)
     u = divided(clipped, corrected(nu_new, count, settings), settings)
     # g - g is 0, or NaN where the clip hid an infinity.
     return narrow(u + (g_wide - g_wide), g.dtype), nu, mu
 
 
-def averages(g, nu, mu, settings):
-    """The running averages with `g` in them, and what `g` itself adds to `nu`."""
+def averages(g, nu, mu, where, count, settings):
+    """The running averages with `g` in them: `nu` as it is stored, and as it is read back, and `mu`."""
     dtype = jnp.finfo(g.dtype).dtype
     decay, one_minus_decay = settings.decay_as(dtype)
-    old = (nu if settings.accumulator is None else settings.accumulator.decode(nu)).astype(dtype)
+    thresholds = None if where is None else accumulators.thresholds_of(where[0], count, where[1])
     if mu is None:
         now = one_minus_decay * abs_sq(g)
-        return now + decay * old, now, None
-    mean = times(g, one_minus_decay) + times(mu.astype(g.dtype), decay)
-    # Algebraically decay * (1 - decay) * (g - mu_old)^2; written with the new mean because the old one would
-    # stay live and XLA would copy it. `maximum` avoids 0/0 at decay = 0, where g - mean is rounding error.
-    ratio = one_minus_decay / jnp.maximum(decay, jnp.finfo(dtype).eps)
-    now = ratio * abs_sq(g - mean)
-    return now + decay * old, now, mean.astype(mu.dtype)
-
-
-def stored(nu, now, old, where, count, settings):
-    """`nu` as it is stored in place of `old`, and as it is read back."""
-    accumulator = settings.accumulator
-    if accumulator is None:
-        return nu.astype(old.dtype), nu
-    leaf, rows = where
-    codes = accumulators.encoded(nu, accumulator, leaf, count, rows)
-    # Divide by the decoded new codes: then nothing reads the old ones, and they can be donated.
-    # `maximum(.., now)` keeps abs(u) <= 1/sqrt(1 - decay) where nu saturates the code's range.
-    return codes, jnp.maximum(read_back(accumulator, nu, codes).astype(nu.dtype), now)
+    else:
+        mean = times(g, one_minus_decay) + times(mu.astype(g.dtype), decay)
+        # Algebraically decay * (1 - decay) * (g - mu_old)^2; written with the new mean because the old one
+        # would stay live and XLA would copy it. `maximum` avoids 0/0 at decay = 0, where g - mean is rounding
+        # error.
+        ratio = one_minus_decay / jnp.maximum(decay, jnp.finfo(dtype).eps)
+        now = ratio * abs_sq(g - mean)
+        mu = mean.astype(mu.dtype)
+    return *settings.accumulator.average(nu, now, decay, thresholds), mu
 
 
 def corrected(nu, count, settings):
@@ -158,18 +147,6 @@ def corrected(nu, count, settings):
     decay, _ = settings.decay_as(nu.dtype)
     # Times the reciprocal: XLA makes one of a division here and there, and meshes would differ in a last bit.
     return nu * (1 / (1 - decay ** count.astype(nu.dtype)))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def read_back(accumulator, nu, codes):
-    """The numbers that stand in `codes`, those of `nu`; as rounding is unbiased, its derivative is 1."""
-    return accumulator.decode(codes)
-
-
-@read_back.defjvp
-def _read_back_jvp(accumulator, primals, tangents):
-    out = accumulator.decode(primals[1])
-    return out, tangents[0].astype(out.dtype)
 
 
 @jax.custom_jvp

@@ -8,6 +8,35 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Stored:
+    """Base of what stands in `nu` for one parameter where that is more than one array.
+
+    A pytree of arrays of the parameter's rank, each with the parameter's sizes or with 1.
+
+    Attributes:
+      kind: which accumulator reads it, as in :class:`rmsprop_jax.accumulators.Accumulator`.
+    """
+
+    kind: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's."""
+        return jnp.broadcast_shapes(*(x.shape for x in jax.tree.leaves(self)))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the first array."""
+        return jax.tree.leaves(self)[0].dtype
+
+
+def is_stored(x: Any) -> bool:
+    """Whether `x` is a :class:`Stored`, for `is_leaf`: a leaf of `nu` is one parameter's."""
+    return isinstance(x, Stored)
 
 
 class _Fields(NamedTuple):
@@ -23,10 +52,11 @@ class ScaleByRmsState(_Fields):
       count: updates so far, int32 scalar.
       nu: running mean of squared gradients, or of squared deviations from `mu` when centred; the
         parameters' tree and shapes, real, float32 (float64 for 64-bit parameters), or the codes for them of
-        another accumulator, see :mod:`rmsprop_jax.accumulators`.
+        another accumulator, see :mod:`rmsprop_jax.accumulators`. One exception: what "factored" stores is a
+        :class:`rmsprop_jax.accumulators.FactoredMoments` in the place of a matrix, of two arrays.
       mu: running mean of gradients when centred, else None; as `nu`, complex for complex parameters.
-      accumulator: what reads the codes in `nu` where their dtype does not tell: an accumulator that has no
-        name, such as ``Uint8(-40)``; else None. Part of the tree's structure, no field.
+      accumulator: what reads `nu` where that does not tell by itself: an accumulator that has no name, such
+        as ``Uint8(-40)``; else None. Part of the tree's structure, no field.
     """
 
     accumulator: Any = None

@@ -1,4 +1,4 @@
-"""Accumulators stored in fewer bytes: one code for each element, rounded without bias.
+"""Accumulators stored in fewer bytes, and one for all the elements of a row or of a column.
 
 What each takes and how close it stays::
 
@@ -6,20 +6,27 @@ What each takes and how close it stays::
     "float32"      4        0
     "bfloat16"     2        0.2 / 0.6 / 1.5%
     "uint8"        1        6 / 11 / 12%
+    "factored"     0.01     what a matrix of rank one leaves out
 
-A code has its parameter's shape and stands for its element alone, so that it is sharded, masked, donated and
-saved as the parameter is, and XLA fuses encoding and decoding with the step. `ScaleByRmsState.nu` holds the
-codes; :func:`convert` turns them into those of another accumulator, or into numbers. Rounding follows
-:mod:`rmsprop_jax.rounding`, and leaves nothing behind when the gradients shrink.
+**Codes**, one for each element: a code has its parameter's shape and stands for its element alone, so that it
+is sharded, masked, donated and saved as the parameter is, and XLA fuses encoding and decoding with the step.
+Rounding follows :mod:`rmsprop_jax.rounding`: without bias, and it leaves nothing behind when the gradients
+shrink.
 
-A state says which accumulator its codes are of, by their dtype or, where that does not tell, as
-`ScaleByRmsState.accumulator`: so they are converted, carried over and restored by the right one.
+**Means**, one for each row and one for each column: :class:`Factored`, of matrices, kernels and whatever else
+has two large dimensions. A step moves no accumulators then, and the means are sharded as the rows and columns
+are.
 
-**One of your own** is any hashable object with the two methods of :class:`Accumulator`, passed as
-``accumulator=``. Frozen dataclasses are, and two that are equal then share their compiled code::
+`ScaleByRmsState.nu` holds what is stored; :func:`convert` turns it into what another accumulator stores, or
+into numbers. A state says which accumulator it is of, by what is stored or, where that does not tell, as
+`ScaleByRmsState.accumulator`: so states are converted, carried over and restored by the right one.
+
+**One of your own** is a hashable object of a subclass of :class:`Accumulator`, passed as ``accumulator=``.
+Frozen dataclasses are, and two that are equal then share their compiled code. Of :class:`Codes` there are two
+methods to write::
 
     @dataclass(frozen=True)
-    class Float16Root:
+    class Float16Root(Codes):
         def encode(self, nu, threshold):
             return rounding.to_dtype(jnp.sqrt(nu), jnp.float16, threshold)
 
@@ -28,22 +35,36 @@ A state says which accumulator its codes are of, by their dtype or, where that d
 """
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax import rounding
+from rmsprop_jax._accumulator import Accumulator, Codes, Float32, Thresholds
 from rmsprop_jax._dtypes import dtype_of
-from rmsprop_jax._states import is_ours, map_rms_states
+from rmsprop_jax._factored import Factored, FactoredMoments
+from rmsprop_jax._states import Stored, is_ours, is_stored, map_rms_states
 from rmsprop_jax._types import SameTree
 
-__all__ = ["NAMED", "Accumulator", "Bfloat16", "Name", "Uint8", "convert"]
+__all__ = [
+    "NAMED",
+    "Accumulator",
+    "Bfloat16",
+    "Codes",
+    "Factored",
+    "FactoredMoments",
+    "Float32",
+    "Name",
+    "Stored",
+    "Uint8",
+    "convert",
+]
 
-Name: TypeAlias = Literal["float32", "bfloat16", "uint8"]
-"""What `accumulator=` takes as a string: the name of the codes' dtype, see `NAMED`."""
+Name: TypeAlias = Literal["float32", "bfloat16", "uint8", "factored"]
+"""What `accumulator=` takes as a string, see `NAMED`."""
 
 
 def convert(
@@ -56,13 +77,13 @@ def convert(
       accumulator: how `nu` is to be stored, as for :func:`rmsprop_jax.rmsprop`; "float32" leaves float64 as
         it is.
       source: how `nu` is stored; by default as the state says, which knows an accumulator without a name, or
-        else by its dtype: numbers, or codes of "bfloat16" or "uint8".
+        else as `nu` tells: numbers, codes of "bfloat16" or "uint8", or means.
 
     Returns:
       A state as ``init`` returns it for `accumulator`.
 
     Raises:
-      ValueError: if `source` is needed, or is not what the state says.
+      ValueError: if `source` is needed, or is not what the state says, and for a centred state's means.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,78 +100,55 @@ def convert(
             return node
         if source is not None and node.accumulator not in (None, given):
             raise ValueError(f"Invalid source: {source=}, but nu is stored by {node.accumulator}.")
-        leaves, treedef = jax.tree.flatten(node.nu)
-        leaves = [decoded(x, given or node.accumulator) for x in leaves]
-        if target is not None:
-            leaves = [encoded(x, target, leaf, node.count) for leaf, x in enumerate(leaves)]
+        check_centered(target, node.mu is not None)
+        leaves, treedef = jax.tree.flatten(node.nu, is_leaf=is_stored)
+        leaves = [
+            target.store(numbers(x, given or node.accumulator), thresholds_of(leaf, node.count))
+            for leaf, x in enumerate(leaves)
+        ]
         return node._replace(nu=jax.tree.unflatten(treedef, leaves), accumulator=unnamed(target))
 
     return map_rms_states(converted, state)
 
 
-def decoded(codes: jax.Array, accumulator: "Accumulator | None" = None) -> jax.Array:
-    """The numbers that an accumulator's codes stand for; by default the one named as the codes' dtype.
+def thresholds_of(
+    leaf: jax.typing.ArrayLike, count: jax.typing.ArrayLike, rows: jax.Array | None = None
+) -> Thresholds:
+    """What an accumulator rounds by, at a step: `rounding.thresholds` of a leaf, or of some of its rows."""
+    return partial(rounding.thresholds, leaf=leaf, count=count, rows=rows)
+
+
+def numbers(stored: Any, accumulator: "Accumulator | None" = None) -> jax.Array:
+    """The numbers of one leaf of `nu`; by default as what is stored tells.
 
     Raises:
-      ValueError: for a dtype that does not tell.
+      ValueError: where that does not tell.
     """
-    accumulator = reader(codes.dtype) if accumulator is None else accumulator
-    return codes if accumulator is None else accumulator.decode(codes)
+    return (reader(stored) if accumulator is None else accumulator).read(stored)
 
 
-def reader(dtype: np.dtype) -> "Accumulator | None":
-    """The accumulator that is named as its codes' dtype, None for float32 and float64.
+def reader(stored: Any) -> "Accumulator":
+    """The accumulator that a leaf of `nu` is of, as far as it tells.
 
     Raises:
-      ValueError: for a dtype that does not tell.
+      ValueError: where it does not.
     """
-    if dtype == jnp.float64:
-        return None
-    if dtype.name not in NAMED:
-        raise ValueError(f"nu is stored as {dtype}: pass the accumulator as `source`.")
-    return NAMED[dtype.name]
+    kind = kind_of(stored)
+    if kind not in NAMED:
+        raise ValueError(f"nu is stored as {kind}: pass the accumulator as `source`.")
+    return NAMED[kind]
 
 
-def encoded(
-    nu: jax.Array,
-    accumulator: "Accumulator",
-    leaf: jax.typing.ArrayLike,
-    count: jax.typing.ArrayLike,
-    rows: jax.Array | None = None,
-) -> jax.Array:
-    """Codes for a leaf's numbers, which may be float64; `leaf` to `rows` as in `rounding.thresholds`."""
-    nu = jnp.minimum(nu, float(jnp.finfo(jnp.float32).max)).astype(jnp.float32)
-    return accumulator.encode(nu, rounding.thresholds(nu.shape, leaf, count, rows))
-
-
-@cache
-def dtype_of_codes(accumulator: Any) -> np.dtype:
-    """The dtype in which an accumulator stores."""
-    scalars = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.uint32))
-    return jax.eval_shape(accumulator.encode, *scalars).dtype
-
-
-@runtime_checkable
-class Accumulator(Protocol):
-    """How non-negative float32 numbers are stored between updates.
-
-    ``decode(encode(nu, threshold))`` is `nu` in the mean over thresholds, which are uint32, each equally
-    likely; and it is `nu` itself where `nu` came out of ``decode``. Both are elementwise: same shapes out as
-    in. A finite number leaves a finite one. Both run in float32 also for 64-bit parameters.
-    """
-
-    def encode(self, nu: jax.Array, threshold: jax.Array) -> jax.Array:
-        """Codes, of any one dtype."""
-
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """Numbers, float32."""
-
-    def __hash__(self) -> int:
-        """Of equal ones the same: they share their compiled code."""
+def kind_of(stored: Any) -> str:
+    """What a leaf of `nu` tells of its accumulator, see `Accumulator.kind`; float64 is "float32" too."""
+    if isinstance(stored, Stored):
+        return str(stored.kind)
+    dtype = dtype_of(stored)
+    return "float32" if dtype == jnp.float64 else dtype.name
 
 
 @dataclass(frozen=True)
-class Bfloat16:
+class Bfloat16(Codes):
     """float32's range in two bytes."""
 
     def encode(self, nu: jax.Array, threshold: jax.Array) -> jax.Array:
@@ -161,7 +159,7 @@ class Bfloat16:
 
 
 @dataclass(frozen=True)
-class Uint8:
+class Uint8(Codes):
     """One byte: 0, and 255 numbers a factor of 2^(1/4) apart, 2**(exponent + 1/4) to 2**(exponent + 63.75).
 
     Rounding is unbiased between the logarithm and the number: in the number alone, the root would fall too
@@ -224,43 +222,47 @@ _FRACTIONS = [np.int32(round((2 ** (k / 4) - 1) * 2**23)) for k in range(4)]
 # log(2) / 8 = 0.087; in log(nu), 0.
 _TILT = np.float32(0.013)
 
-# One line for each `Name`: what `accumulator=` takes as a string, which is the name of the codes' dtype.
-NAMED: dict[str, Accumulator | None] = {"float32": None, "bfloat16": Bfloat16(), "uint8": Uint8()}
+# One line for each `Name`, which is what tells the accumulator from what is stored: `Accumulator.kind`.
+NAMED: dict[str, Accumulator] = {
+    "float32": Float32(),
+    "bfloat16": Bfloat16(),
+    "uint8": Uint8(),
+    "factored": Factored(),
+}
 
 
-def named(accumulator: str | Accumulator) -> Accumulator | None:
-    """The accumulator of that name, None for float32, or `accumulator` itself, if it has the methods.
+def named(accumulator: Any) -> Accumulator:
+    """The accumulator of that name, or `accumulator` itself, if it is one.
 
     Raises:
       ValueError: if it is neither.
     """
     if isinstance(accumulator, str) and accumulator in NAMED:
         return NAMED[accumulator]
-    if isinstance(accumulator, str | type) or not isinstance(accumulator, Accumulator):
+    if not isinstance(accumulator, Accumulator) or type(accumulator).__hash__ is None:
         names = ", ".join(map(repr, NAMED))
         raise ValueError(
-            f"Invalid accumulator: {accumulator=}, expected {names}, as a string, or a hashable object "
-            "with the methods of rmsprop_jax.accumulators.Accumulator."
+            f"Invalid accumulator: {accumulator=}, expected {names}, as a string, or a hashable object of a "
+            "subclass of rmsprop_jax.accumulators.Accumulator, such as a frozen dataclass."
         )
     return accumulator
 
 
-def unnamed(accumulator: Accumulator | None) -> Accumulator | None:
-    """The accumulator, as a state has to say it; None for one that the dtype of its codes tells."""
-    if accumulator is None or NAMED.get(dtype_of_codes(accumulator).name) == accumulator:
-        return None
-    return accumulator
+def check_centered(accumulator: Accumulator, centered: bool) -> None:
+    """Raises ValueError for an accumulator whose savings `mu`, of the parameter's size, would undo."""
+    if centered and not accumulator.elementwise:
+        raise ValueError(
+            f"Invalid accumulator: {title(accumulator)!r} is not for centered=True, whose mu has the "
+            "parameters' size; 'uint8' and 'bfloat16' are."
+        )
 
 
-def title(accumulator: Accumulator | None) -> Any:
+def unnamed(accumulator: Accumulator) -> Accumulator | None:
+    """The accumulator, as a state has to say it; None for one that tells itself by what is stored."""
+    return None if NAMED.get(accumulator.kind or "") == accumulator else accumulator
+
+
+def title(accumulator: Accumulator) -> Any:
     """What to write for `accumulator=`: its name or, where it has none, itself."""
     names = (name for name, other in NAMED.items() if other == accumulator)
     return next(names, accumulator)
-
-
-def is_stored_by(nu: jax.Array, found: Accumulator | None, expected: Accumulator | None) -> bool:
-    """Whether a leaf of a state, which says that `found` stores it, is as `expected` stores it."""
-    dtype = dtype_of(nu)
-    if expected is None:
-        return found is None and dtype.kind == "f" and dtype.itemsize >= 4
-    return found == unnamed(expected) and dtype == dtype_of_codes(expected)

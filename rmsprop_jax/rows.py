@@ -70,7 +70,7 @@ from rmsprop_jax._dtypes import full_like, narrow, ordered_after
 from rmsprop_jax._leaves import flatten_matching, named_leaves
 from rmsprop_jax._lookup import check_ids, value_and_grad
 from rmsprop_jax._row_gradient import RowGradient, check_row_sparse, map_gradients, put, take
-from rmsprop_jax._states import map_rms_states, rms_states
+from rmsprop_jax._states import is_stored, map_rms_states, rms_states
 from rmsprop_jax._values import global_norm, values_only
 from rmsprop_jax.accumulators import title
 
@@ -143,7 +143,8 @@ def exact(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
             f"Invalid {tx.moves_all[0]}: it moves or changes rows whose gradient is zero, and rows.exact "
             "could not skip those. rows.lazy leaves untouched rows as they are, as TensorFlow does."
         )
-    if settings.accumulator is not None:
+    _check_elementwise(settings.accumulator)
+    if settings.accumulator.rounds:
         raise ValueError(
             f"Invalid accumulator: rows.exact cannot round {title(settings.accumulator)!r} as each missed "
             "update would have. rows.lazy takes it, where there is none."
@@ -165,8 +166,8 @@ def lazy(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
       As :func:`exact`.
 
     Raises:
-      ValueError: in ``init``, for an optimizer whose state does not follow its parameters; in ``update``, as
-        :func:`exact`.
+      ValueError: when it is built or in ``init``, for an optimizer whose state does not follow its
+        parameters, as that of "factored"; in ``update``, as :func:`exact`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -179,7 +180,22 @@ def lazy(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
        [ 0.   0. ]
        [-0.1 -0.1]]
     """
+    settings = getattr(tx, "settings", None)
+    if settings is not None:
+        _check_elementwise(settings.accumulator)
     return _on_touched_rows(tx)
+
+
+def _check_elementwise(accumulator):
+    if not accumulator.elementwise:
+        raise ValueError(_whole_table(title(accumulator)))
+
+
+def _whole_table(accumulator):
+    return (
+        f"Invalid accumulator: {accumulator!r} stores what depends on a whole table, not on its touched "
+        "rows. 'float32' does not, and for rows.lazy neither do 'bfloat16' and 'uint8'."
+    )
 
 
 def _on_touched_rows(tx, decay=None):
@@ -258,7 +274,9 @@ def _decayed(decay, steps, nu):
 def _check_follows(params, copy):
     """`copy`, a tree in the state, has for each parameter an array of the parameter's shape."""
     shapes = {name: jnp.shape(x) for name, x in named_leaves(params).items()}
-    for name, x in named_leaves(copy).items():
+    for name, x in named_leaves(copy, is_stored).items():
+        if is_stored(x):
+            raise ValueError(_whole_table(x.kind))
         if jnp.shape(x) != shapes.get(name):
             raise ValueError(
                 f"Invalid tx: its state for parameter {name!r} of shape {shapes.get(name)} has shape "

@@ -1,9 +1,11 @@
 """The accumulators' layout on a device mesh: ZeRO stage 1.
 
 Accumulators follow their parameters: `init` gives them the parameters' shardings, and the update keeps them,
-since every rule is elementwise. Where parameters are replicated over data-parallel devices, so then is the
-state. Stage 1 of ZeRO (Rajbhandari et al., 2020) splits it over them: of each accumulator a device keeps and
-updates 1/n, and XLA gathers the new parameters, which every device would otherwise have computed itself::
+since every rule is elementwise. Means of rows and of columns are sharded as rows and columns are; summed over
+shards, they are the same on every mesh to the rounding of their sums. Where parameters are replicated over
+data-parallel devices, so then is the state. Stage 1 of ZeRO (Rajbhandari et al., 2020) splits it over them:
+of each accumulator a device keeps and updates 1/n, and XLA gathers the new parameters, which every device would
+otherwise have computed itself::
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -36,11 +38,14 @@ and crosses the bus twice in each::
         ...
 """
 
+from functools import partial
+
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rmsprop_jax._leaves import leaf_name
+from rmsprop_jax._states import is_stored
 from rmsprop_jax._types import Tree
 
 __all__ = ["state_sharding"]
@@ -57,7 +62,7 @@ def state_sharding(
     A leaf of the state that belongs to a parameter, by its path and its shape, is sharded as the parameter is
     and then split over `axis`, along the largest dimension that the number of devices divides and that is not
     sharded yet. Where there is none, or the parameter is itself sharded over `axis`, it stays as the
-    parameter. All else, such as counts, is replicated.
+    parameter. So are means over a dimension, along the others. All else, such as counts, is replicated.
 
     Args:
       tx: the optimizer: this package's, Optax's, or any chain or wrapper of them.
@@ -98,11 +103,16 @@ def state_sharding(
         for start in range(len(path) + 1):
             shape, spec = known.get(path[start:], (None, ()))
             # An accumulator may lack its parameter's last dimensions: one number for each row.
-            if shape is not None and leaf.shape == shape[: leaf.ndim]:
-                return NamedSharding(mesh, _split(leaf.shape, spec[: leaf.ndim], mesh, axis))
-        return NamedSharding(mesh, PartitionSpec())
+            if shape is not None and leaf.shape == shape[: len(leaf.shape)]:
+                return jax.tree.map(partial(of_array, shape, spec), leaf)
+        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), leaf)
 
-    return jax.tree_util.tree_map_with_path(of_leaf, jax.eval_shape(tx.init, params))
+    def of_array(shape, spec, x):
+        # Or be means over a dimension, whose size is 1.
+        spec = tuple(s if n == size else None for s, n, size in zip(spec, x.shape, shape, strict=False))
+        return NamedSharding(mesh, _split(x.shape, spec, mesh, axis))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, jax.eval_shape(tx.init, params), is_leaf=is_stored)
 
 
 def _spec(path, param, mesh):

@@ -3,6 +3,8 @@
 The rule itself is in `_rule.py`.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -48,8 +50,9 @@ def scale_by_rms(
         first updates are not up to :math:`1/\sqrt{1-\beta}` times too large.
       centered: whether :math:`\nu` is the variance, the second moment about the running mean (Graves, 2013).
       accumulator: how :math:`\nu` is stored between updates: "float32" (float64 for 64-bit parameters),
-        "bfloat16", "uint8" (half and a quarter of the memory, rounded without bias) or one of your own, see
-        :mod:`rmsprop_jax.accumulators`. Centred, :math:`\mu` stays float32.
+        "bfloat16", "uint8" (half and a quarter of the memory, rounded without bias), "factored" (next to
+        nothing, the means of a matrix's rows and columns) or one of your own, see
+        :mod:`rmsprop_jax.accumulators`. Centred, :math:`\mu` stays float32, and "factored" is refused.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with state :class:`ScaleByRmsState`, which has its
@@ -78,38 +81,41 @@ def scale_by_rms(
       Graves, `Generating Sequences With Recurrent Neural Networks
       <https://arxiv.org/abs/1308.0850>`_, 2013
     """
+    stored_by = accumulators.named(accumulator)
     settings = Settings(
         decay=_checks.decay("decay", decay),
         eps=_checks.precise_number("eps", eps),
         eps_in_sqrt=_checks.flag("eps_in_sqrt", eps_in_sqrt),
         bias_correction=_checks.flag("bias_correction", bias_correction),
         centered=_checks.flag("centered", centered),
-        accumulator=accumulators.named(accumulator),
+        accumulator=stored_by,
     )
+    accumulators.check_centered(stored_by, settings.centered)
     initial_scale = _checks.precise_number("initial_scale", initial_scale)
     if bias_correction and isinstance(initial_scale, float) and initial_scale != 0:
         raise ValueError(f"Invalid {initial_scale=}: bias_correction corrects a start from 0.")
-    codec = settings.accumulator
 
     def init_fn(params):
         register_optax_states()
         dtypes = jax.tree_util.tree_map_with_path(_accumulator_dtype, params)
-        nu = jax.tree.map(lambda p, dtype: full_like(p, initial_scale, real(dtype)), params, dtypes)
-        if codec is not None:
-            leaves, treedef = jax.tree.flatten(nu)
-            codes = [accumulators.encoded(x, codec, leaf, 0) for leaf, x in enumerate(leaves)]
-            nu = jax.tree.unflatten(treedef, codes)
+        leaf = itertools.count()
+
+        def start(p, dtype):
+            where = accumulators.thresholds_of(next(leaf), 0)
+            return stored_by.init(p, initial_scale, real(dtype), where)
+
+        nu = jax.tree.map(start, params, dtypes)
         mu = jax.tree.map(lambda p, dtype: full_like(p, 0, dtype), params, dtypes) if centered else None
         count = jnp.zeros([], jnp.int32)
-        return ScaleByRmsState(count, nu, mu, accumulator=accumulators.unnamed(codec))
+        return ScaleByRmsState(count, nu, mu, accumulator=accumulators.unnamed(stored_by))
 
     def update_fn(updates, state, params=None, *, rms_rows=None, **extra_args):
         del params, extra_args
         grads, treedef, nus, mus = _flatten_as_stored(updates, state, settings)
         count = _incremented(state.count)
-        now = count if bias_correction or codec is not None else None
+        now = count if bias_correction or stored_by.rounds else None
         rows = [None] * len(nus) if rms_rows is None else treedef.flatten_up_to(rms_rows)
-        places = [None] * len(nus) if codec is None else list(zip(leaf_numbers(nus), rows, strict=True))
+        places = list(zip(leaf_numbers(nus), rows, strict=True)) if stored_by.rounds else [None] * len(nus)
         results = [
             (None, nu, mu) if g is None else rule(g, nu, mu, place, now, settings)
             for g, nu, mu, place in zip(grads, nus, mus, places, strict=True)
@@ -138,9 +144,11 @@ def _flatten_as_stored(grads, state, settings):
     if settings.centered != (state.mu is not None) and jax.tree.leaves(state.nu):
         raise ValueError(f"Invalid state: it was initialised with centered={not settings.centered}.")
     leaves, treedef, nus, mus = flatten_matching(grads, state.nu, state.mu)
+    accumulator = settings.accumulator
+    is_told = state.accumulator == accumulators.unnamed(accumulator)
     for g, nu in zip(leaves, nus, strict=True):
-        if g is not None and not accumulators.is_stored_by(nu, state.accumulator, settings.accumulator):
-            found, expected = state.accumulator or dtype_of(nu).name, accumulators.title(settings.accumulator)
+        if g is not None and not (is_told and accumulator.fits(nu)):
+            found, expected = state.accumulator or accumulators.kind_of(nu), accumulators.title(accumulator)
             raise ValueError(
                 f"Invalid state: its nu is stored as {found}, this optimizer stores it as {expected}. "
                 f"accumulators.convert(state, {expected!r}, source={found!r}) converts it, with another "

@@ -61,7 +61,7 @@ SMALL = [name for name in ACCUMULATORS if name != "float32"]
 
 
 @dataclass(frozen=True)
-class Float16Root:
+class Float16Root(accumulators.Codes):
     """An accumulator of one's own, as the module shows it."""
 
     def encode(self, nu, threshold):

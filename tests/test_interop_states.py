@@ -15,7 +15,7 @@ from rmsprop_jax import accumulators, interop, rmsprop, scale_by_rms
 
 
 @dataclass(frozen=True)
-class Quadrupled:
+class Quadrupled(accumulators.Codes):
     """float32, as if nothing was encoded."""
 
     def encode(self, nu, threshold):

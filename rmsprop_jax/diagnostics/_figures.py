@@ -78,7 +78,7 @@ class _Layer:
         self.step, self.settings, self.axes = step, settings, axes
         # Rounded to nearest, unless this package stores it.
         self.stored = None if ours else self._sample(nu)
-        nu = accumulators.decoded(nu, accumulator) if ours else nu
+        nu = accumulators.numbers(nu, accumulator) if ours else nu
         self.g, self.u, self.p, self.nu, self.mu = _in_one_precision(g, u, p, nu, mu)
         if mu is not None and not ours:
             self.nu = variance(self.nu, self.mu)  # Optax's is the raw moment
@@ -189,11 +189,11 @@ def figures(
       step: updates so far.
       settings: the optimizer's.
       ours: whether this package stores `nu`.
-      accumulator: what reads `nu`, where its dtype does not tell.
+      accumulator: what reads `nu`, where that does not tell.
       apart: inside `jax.shard_map`, the mesh axes along which each device has figures of its own. Along all
         others the layer is one, in parts.
     """
-    arrays = [x for x in (g, u, p, nu, mu) if x is not None]
+    arrays = jax.tree.leaves((g, u, p, nu, mu))
     axes = tuple(sorted(frozenset().union(*map(varying_axes, arrays)) - apart))
 
     def of_layer(*arguments):

@@ -13,7 +13,7 @@ from rmsprop_jax import _checks, accumulators
 from rmsprop_jax._leaves import array_of, named_leaves
 from rmsprop_jax._row_gradient import is_gradient, is_row_gradient
 from rmsprop_jax._rule import Settings
-from rmsprop_jax._states import is_ours, rms_states
+from rmsprop_jax._states import is_ours, is_stored, rms_states
 from rmsprop_jax._types import Tree
 from rmsprop_jax.diagnostics._figures import FIELDS, Measurement, figures
 
@@ -45,7 +45,7 @@ def measure(
       decay: of an optimizer that is not given as `tx`.
       eps: as `decay`, and as Optax has it by default, 1e-8.
       eps_in_sqrt: as `eps`, by default True.
-      accumulator: how `nu` is stored, where neither the state nor its dtype tells.
+      accumulator: how `nu` is stored, where neither the state nor what is stored tells.
       count: updates so far, this one included; needed where the state does not count them, as that of
         ``optax.rmsprop(1e-3)`` does not.
 
@@ -144,7 +144,7 @@ def accumulators_of(state: Tree) -> dict[str, Accumulators]:
     for node in nodes:
         mu = named_leaves(getattr(node, "mu", None))
         count = array_of(node.count) if "count" in node._fields else None
-        for name, nu in named_leaves(node.nu).items():
+        for name, nu in named_leaves(node.nu, is_stored).items():
             if name in found:
                 raise ValueError(f"Invalid state: it has two accumulators for layer {name!r}.")
             if 0 not in nu.shape:

@@ -102,9 +102,9 @@ def watch(
         inner = tx.init(params)
         layers = accumulators_of(inner).values()
         table = jnp.zeros((capacity, len(FIELDS), len(layers)), jnp.float32)
-        for x in layers:
-            if varying_axes(x.nu):  # in a shard_map: then the table has to vary too
-                table += jnp.zeros_like(x.nu, jnp.float32, ())
+        for x in jax.tree.leaves([layer.nu for layer in layers]):
+            if varying_axes(x):  # in a shard_map: then the table has to vary too
+                table += jnp.zeros_like(x, jnp.float32, ())
         return WatchState(
             inner,
             seen=jnp.zeros([], jnp.int32),

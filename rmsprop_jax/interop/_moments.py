@@ -15,7 +15,7 @@ import optax
 from rmsprop_jax import accumulators
 from rmsprop_jax._dtypes import dtype_of
 from rmsprop_jax._leaves import leaf_name, named_leaves
-from rmsprop_jax._states import is_ours, is_rms_state, raw_moment, variance
+from rmsprop_jax._states import is_ours, is_rms_state, is_stored, raw_moment, variance
 from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import as_numpy, cast, placed
 from rmsprop_jax.interop._names import Key
@@ -24,10 +24,10 @@ from rmsprop_jax.interop._names import Key
 def shapes_of(state: Tree) -> dict[Key, tuple[int, ...]]:
     """The shape of each moment and momentum buffer in a state."""
     return {
-        (what, name): jnp.shape(leaf)
+        (what, name): leaf.shape if is_stored(leaf) else jnp.shape(leaf)
         for node in _nodes(state)
         for what, tree in _trees(node).items()
-        for name, leaf in named_leaves(tree).items()
+        for name, leaf in named_leaves(tree, is_stored).items()
     }
 
 
@@ -42,7 +42,7 @@ def moments(state: Tree) -> tuple[dict[Key, np.ndarray], int | None]:
         raise ValueError("The state has no RMSProp in it.")
     arrays = {}
     for node in nodes:
-        read = {what: named_leaves(tree) for what, tree in _trees(node).items()}
+        read = {what: named_leaves(tree, is_stored) for what, tree in _trees(node).items()}
         if is_ours(node):
             read["E[g^2]"] = _raw(node, read)
         arrays.update({(what, name): as_numpy(x) for what, xs in read.items() for name, x in xs.items()})
@@ -89,16 +89,18 @@ def filled(state: Tree, arrays: Mapping[Key, np.ndarray], count: int) -> Tree:
 def _raw(node, read):
     """E[g^2] by leaf, of a state whose leaves are `read`."""
     raw = {}
-    for name, codes in read["E[g^2]"].items():
-        accumulator = _accumulator(node, name, codes)
-        nu = as_numpy(codes if accumulator is None else accumulators.decoded(jnp.asarray(codes), accumulator))
+    for name, stored in read["E[g^2]"].items():
+        accumulator = _accumulator(node, name, stored)
+        if not isinstance(accumulator, accumulators.Float32):  # whose numbers stay NumPy's, if they are
+            stored = jax.tree.map(jnp.asarray, stored)
+        nu = as_numpy(accumulator.read(stored))
         raw[name] = nu if node.mu is None else cast(raw_moment(nu, _double(read["E[g]"][name])), nu.dtype)
     return raw
 
 
 def _stored(node, arrays, count):
     """`nu` as the state stores it."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(node.nu)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(node.nu, is_leaf=is_stored)
     new = []
     for leaf, (path, old) in enumerate(leaves):
         name = leaf_name(path)
@@ -108,22 +110,22 @@ def _stored(node, arrays, count):
         nu, accumulator = arrays["E[g^2]", name], _accumulator(node, name, old)
         if node.mu is not None:
             nu = variance(nu, _double(arrays["E[g]", name]))
-        if accumulator is not None:
-            nu = accumulators.encoded(jnp.asarray(cast(nu, np.dtype(np.float32))), accumulator, leaf, count)
-        new.append(placed(nu, old))
+        dtype = dtype_of(old) if accumulators.Float32().fits(old) else np.dtype(np.float32)
+        nu = accumulator.store(cast(nu, dtype), accumulators.thresholds_of(leaf, count))
+        new.append(jax.tree.map(placed, nu, old))
     return jax.tree.unflatten(treedef, new)
 
 
-def _accumulator(node, name, codes):
-    """What stores a leaf of `nu`, None for float32 and float64."""
+def _accumulator(node, name, stored):
+    """What stores a leaf of `nu`."""
     if node.accumulator is not None:
         return node.accumulator
     try:
-        return accumulators.reader(dtype_of(codes))
+        return accumulators.reader(stored)
     except ValueError:
         raise ValueError(
-            f"The nu of {name!r} is stored as {dtype_of(codes)}, and its state does not say by which "
-            "accumulator: accumulators.convert(state, 'float32', source=...) decodes it."
+            f"The nu of {name!r} is stored as {accumulators.kind_of(stored)}, and its state does not say by "
+            "which accumulator: accumulators.convert(state, 'float32', source=...) decodes it."
         ) from None
 
 
@@ -178,7 +180,9 @@ def count_reasons(state: Tree) -> Iterator[str]:
     for node in _nodes(state):
         if _is_counter(node):
             yield "a schedule's or another count"
-        elif is_ours(node) and any(_accumulator(node, *x) for x in named_leaves(node.nu).items()):
+        elif is_ours(node) and any(
+            _accumulator(node, *x).rounds for x in named_leaves(node.nu, is_stored).items()
+        ):
             yield "the accumulator's rounding"
         elif isinstance(node, optax.TraceState) and any(
             dtype_of(x).itemsize < 4 for x in jax.tree.leaves(node.trace)
