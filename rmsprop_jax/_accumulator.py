@@ -2,7 +2,7 @@
 
 The rule squares and divides; all that it leaves to an accumulator is::
 
-    nu_t = now_t + decay * nu_{t-1}                 now_t = (1 - decay) * g_t^2
+    nu_t = now_t + decay * nu_{t-1}                 now_t = added(g_t) = (1 - decay) * g_t^2
 
 and how `nu` lies in the state between updates: as one array of the parameter's shape, or as a `Stored`.
 """
@@ -64,14 +64,29 @@ class Accumulator(ABC):
         return self.store(full_like(param, value, dtype), thresholds)
 
     def average(
-        self, old: Any, now: jax.Array, decay: jax.Array, thresholds: Thresholds
+        self,
+        old: Any,
+        g: jax.Array,
+        added: Callable[[jax.Array], jax.Array],
+        decay: jax.Array,
+        thresholds: Thresholds,
     ) -> tuple[Any, jax.Array]:
-        """``now + decay * old``: as it is stored, and the numbers to divide by, which are `now` at least.
+        """``now + decay * old``, with ``now = added(g)``: as it is stored, and the numbers to divide by.
 
-        `now` is what keeps updates below ``1 / sqrt(1 - decay)``, whatever is lost in storing. The numbers
-        are those that stand in what is stored: then nothing reads `old` any more, and it can be donated. In
-        derivatives, storing counts as the identity, which unbiased rounding is in the mean.
+        These are `now` at least, which keeps updates below ``1 / sqrt(1 - decay)``, whatever is lost in
+        storing. They are the numbers that stand in what is stored: then nothing reads `old` any more, and it
+        can be donated. In derivatives, storing counts as the identity, which unbiased rounding is in the
+        mean.
+
+        Args:
+          old: as it is stored.
+          g: the gradient, in its own dtype.
+          added: elementwise, from `g` to what it adds to `nu`, finite for finite gradients; where `nu` is not
+            centred, from any part of `g`.
+          decay: a scalar of the dtype of `now`.
+          thresholds: to round by, None for an accumulator that does not.
         """
+        now = added(g)
         nu = now + decay * self.read(old).astype(now.dtype)
         stored = self.store(nu, thresholds)
         return stored, jnp.maximum(_read_back(self, nu, stored).astype(nu.dtype), now)
@@ -106,8 +121,14 @@ class Float32(Accumulator):
         return dtype.kind == "f" and dtype.itemsize >= 4
 
     def average(
-        self, old: jax.Array, now: jax.Array, decay: jax.Array, thresholds: Thresholds
+        self,
+        old: jax.Array,
+        g: jax.Array,
+        added: Callable[[jax.Array], jax.Array],
+        decay: jax.Array,
+        thresholds: Thresholds,
     ) -> tuple[jax.Array, jax.Array]:
+        now = added(g)
         nu = now + decay * old.astype(now.dtype)
         return nu.astype(old.dtype), nu
 

@@ -112,32 +112,39 @@ def rule(g: jax.Array, nu: Any, mu: Any, where: Any, count: Any, settings: Setti
       count: updates so far, this one included; None where nothing depends on it.
       settings: the optimizer's.
     """
-    dtype = wide(g.dtype)
-    limits = jnp.finfo(dtype)
-    g_wide = g.astype(dtype)
-    clipped = clip(g_wide, 2.0 ** (limits.maxexp // 2 - 2))  # its square is finite, and sums of a few
-    nu, nu_new, mu = averages(clipped, nu, mu, where, count, settings)
+    g_wide, clipped = g.astype(wide(g.dtype)), squarable(g)
+    nu, nu_new, mu = averages(g, clipped, nu, mu, where, count, settings)
     u = divided(clipped, corrected(nu_new, count, settings), settings)
     # g - g is 0, or NaN where the clip hid an infinity.
     return narrow(u + (g_wide - g_wide), g.dtype), nu, mu
 
 
-def averages(g, nu, mu, where, count, settings):
+def squarable(g):
+    """In float32 at least, and so that the square is finite, and sums of a few."""
+    g = g.astype(wide(g.dtype))
+    return clip(g, 2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 2))
+
+
+def averages(g, clipped, nu, mu, where, count, settings):
     """The running averages with `g` in them: `nu` as it is stored, and as it is read back, and `mu`."""
-    dtype = jnp.finfo(g.dtype).dtype
+    dtype = jnp.finfo(clipped.dtype).dtype
     decay, one_minus_decay = settings.decay_as(dtype)
     thresholds = None if where is None else accumulators.thresholds_of(where[0], count, where[1])
-    if mu is None:
-        now = one_minus_decay * abs_sq(g)
-    else:
-        mean = times(g, one_minus_decay) + times(mu.astype(g.dtype), decay)
+
+    def added(part):
+        return one_minus_decay * abs_sq(clipped if part is g else squarable(part))
+
+    def added_about_mean(_):
         # Algebraically decay * (1 - decay) * (g - mu_old)^2; written with the new mean because the old one
         # would stay live and XLA would copy it. `maximum` avoids 0/0 at decay = 0, where g - mean is rounding
         # error.
         ratio = one_minus_decay / jnp.maximum(decay, jnp.finfo(dtype).eps)
-        now = ratio * abs_sq(g - mean)
-        mu = mean.astype(mu.dtype)
-    return *settings.accumulator.average(nu, now, decay, thresholds), mu
+        return ratio * abs_sq(clipped - mean)
+
+    if mu is not None:
+        mean = times(clipped, one_minus_decay) + times(mu.astype(clipped.dtype), decay)
+        mu, added = mean.astype(mu.dtype), added_about_mean
+    return *settings.accumulator.average(nu, g, added, decay, thresholds), mu
 
 
 def corrected(nu, count, settings):

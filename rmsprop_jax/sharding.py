@@ -4,8 +4,8 @@ Accumulators follow their parameters: `init` gives them the parameters' sharding
 since every rule is elementwise. Means of rows and of columns are sharded as rows and columns are; summed over
 shards, they are the same on every mesh to the rounding of their sums. Where parameters are replicated over
 data-parallel devices, so then is the state. Stage 1 of ZeRO (Rajbhandari et al., 2020) splits it over them:
-of each accumulator a device keeps and updates 1/n, and XLA gathers the new parameters, which every device would
-otherwise have computed itself::
+of each accumulator a device keeps and updates 1/n, and XLA gathers the new parameters, which every device
+would otherwise have computed itself::
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     replicated = NamedSharding(mesh, PartitionSpec())
