@@ -58,6 +58,7 @@ GRADIENTS = hnp.arrays(
 
 ACCUMULATORS = [*accumulators.NAMED]  # by their names, the only place in which the tests look them up
 SMALL = [name for name in ACCUMULATORS if name != "float32"]
+CODES = [name for name in SMALL if accumulators.NAMED[name].elementwise]
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,28 @@ class Float16Root(accumulators.Codes):
         return jnp.square(codes.astype(jnp.float32))
 
 
-EVERY_SMALL = [*SMALL, Float16Root(), accumulators.Uint8(-40)]
+EVERY_CODE = [*CODES, Float16Root(), accumulators.Uint8(-40)]
+EVERY_SMALL = [*EVERY_CODE, *[name for name in SMALL if name not in CODES], accumulators.Factored(2)]
 
 
 def each_accumulator(accumulators):
     """A test's parametrisation by accumulators, whether they are names or objects."""
     return pytest.mark.parametrize("accumulator", accumulators, ids=str)
+
+
+def each_accumulator_and_form(some, forms):
+    """By both, but for centred ones of accumulators that refuse them."""
+
+    def fits(accumulator, form):
+        return accumulators.named(accumulator).elementwise or not form.get("centered")
+
+    pairs = [
+        (accumulator, name) for accumulator in some for name, form in forms.items() if fits(accumulator, form)
+    ]
+    return pytest.mark.parametrize(
+        ("accumulator", "form"),
+        [pytest.param(accumulator, forms[name], id=f"{accumulator}-{name}") for accumulator, name in pairs],
+    )
 
 
 # Training ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SMALL, each_accumulator
+from helpers import CODES, each_accumulator
 
 from rmsprop_jax import accumulators, scale_by_rms
 
@@ -33,7 +33,7 @@ def gradients(t):
 @pytest.fixture(scope="module", params=[0.9, 0.99, 0.999])
 def ratios(request):
     """{accumulator: stored rms / exact rms, [time, kind, element]} for a decay, over the last steps."""
-    names = ("float32", *SMALL)
+    names = ("float32", *CODES)
     txs = [scale_by_rms(request.param, accumulator=name) for name in names]
 
     def step(states, t):
@@ -47,7 +47,7 @@ def ratios(request):
         return jax.lax.scan(step, states, jnp.arange(STEPS - LAST, STEPS))[1][::7]
 
     measured = run([tx.init(jnp.zeros((len(KINDS), ELEMENTS))) for tx in txs])
-    return dict(zip(SMALL, np.moveaxis(np.asarray(measured), 1, 0), strict=True))
+    return dict(zip(CODES, np.moveaxis(np.asarray(measured), 1, 0), strict=True))
 
 
 class Within(NamedTuple):
@@ -64,14 +64,14 @@ WITHIN = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@each_accumulator(SMALL)
+@each_accumulator(CODES)
 def test_the_mean_is_right_after_thousands_of_steps(ratios, accumulator, kind):
     some, within = ratios[accumulator][:, KINDS.index(kind)], WITHIN[accumulator]
     assert abs(some.mean() - 1) < (within.periodic_mean if kind == "periodic" else within.mean)
 
 
 @pytest.mark.slow
-@each_accumulator(SMALL)
+@each_accumulator(CODES)
 def test_nine_in_ten_lie_close_over_four_decades(ratios, accumulator):
     some = ratios[accumulator][:, KINDS.index("decades")]
     low, high = WITHIN[accumulator].quantiles

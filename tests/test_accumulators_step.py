@@ -4,7 +4,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EVERY_SMALL, GRADIENTS, SMALL, each, each_accumulator, forms
+from helpers import CODES, EVERY_CODE, GRADIENTS, each, each_accumulator, forms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ from rmsprop_jax import accumulators, scale_by_rms
 SCALE_FORMS = forms("plain", "outside", "corrected", "centered")
 
 
-@each_accumulator(EVERY_SMALL)
+@each_accumulator(EVERY_CODE)
 @each(form=SCALE_FORMS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 def test_zero_huge_and_missing_gradients(accumulator, form, dtype):
@@ -37,7 +37,7 @@ def test_zero_huge_and_missing_gradients(accumulator, form, dtype):
     st.sampled_from([0.0, 0.9, 0.999]),
     st.sampled_from([0.0, 1e-8]),
     st.booleans(),
-    st.sampled_from(EVERY_SMALL),
+    st.sampled_from(EVERY_CODE),
 )
 def test_an_update_is_bounded_whatever_the_gradients(some, decay, eps, eps_in_sqrt, accumulator):
     tx = scale_by_rms(decay, eps, eps_in_sqrt=eps_in_sqrt, accumulator=accumulator)
@@ -48,7 +48,7 @@ def test_an_update_is_bounded_whatever_the_gradients(some, decay, eps, eps_in_sq
     chex.assert_tree_all_finite(state)
 
 
-@each_accumulator(EVERY_SMALL)
+@each_accumulator(EVERY_CODE)
 def test_the_first_steps_are_those_of_float32_to_a_step_of_the_code(accumulator):
     rng = np.random.default_rng(0)
     some = [{"a": jnp.asarray(rng.normal(size=(30, 20)), jnp.float32)} for _ in range(3)]
@@ -63,7 +63,7 @@ def test_the_first_steps_are_those_of_float32_to_a_step_of_the_code(accumulator)
             assert abs(jnp.mean(u["a"] / u_exact["a"]) - 1) < 0.03
 
 
-@each_accumulator(SMALL)
+@each_accumulator(CODES)
 def test_an_initial_scale_is_kept_in_the_mean(accumulator):
     for scale in (1.0, 0.3):
         state = scale_by_rms(initial_scale=scale, accumulator=accumulator).init(jnp.zeros((100, 100)))
@@ -73,7 +73,7 @@ def test_an_initial_scale_is_kept_in_the_mean(accumulator):
 def test_sixty_four_bit_parameters_have_the_same_codes(x64):
     rng = np.random.default_rng(1)
     g = rng.normal(size=100)
-    for accumulator in SMALL:
+    for accumulator in CODES:
         tx = scale_by_rms(accumulator=accumulator)
         u, state = tx.update(jnp.asarray(g), tx.init(jnp.zeros(100)))
         _, single = tx.update(jnp.asarray(g, jnp.float32), tx.init(jnp.zeros(100, jnp.float32)))
