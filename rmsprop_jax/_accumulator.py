@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax._dtypes import dtype_of, full_like
+from rmsprop_jax._states import is_stored
 
 Thresholds: TypeAlias = Callable[[tuple[int, ...]], jax.Array]
 """From a shape to uint32 of this shape, each equally likely: `rounding.thresholds` of a leaf and a step."""
@@ -117,8 +118,7 @@ class Float32(Accumulator):
         return stored
 
     def fits(self, stored: Any) -> bool:
-        dtype = dtype_of(stored)
-        return dtype.kind == "f" and dtype.itemsize >= 4
+        return not is_stored(stored) and is_wide(dtype_of(stored))
 
     def average(
         self,
@@ -163,7 +163,12 @@ class Codes(Accumulator):
         return self.decode(stored)
 
     def fits(self, stored: Any) -> bool:
-        return dtype_of(stored) == _dtype_of_codes(self)
+        return not is_stored(stored) and dtype_of(stored) == _dtype_of_codes(self)
+
+
+def is_wide(dtype: np.dtype) -> bool:
+    """Whether numbers in a dtype are stored as they are: float32 and float64."""
+    return dtype.kind == "f" and dtype.itemsize >= 4
 
 
 @cache

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rmsprop_jax._accumulator import Accumulator, Float32, Thresholds
+from rmsprop_jax._accumulator import Accumulator, Float32, Thresholds, is_wide
 from rmsprop_jax._dtypes import full_like
 from rmsprop_jax._states import Stored
 
@@ -106,7 +106,8 @@ class Factored(Accumulator):
 
     def fits(self, stored: Any) -> bool:
         found = stored.over if isinstance(stored, FactoredMoments) else None
-        return found == self.over(stored.shape) and Float32().fits(stored)
+        is_whole = found is None and Float32().fits(stored)
+        return found == self.over(stored.shape) and (is_whole or is_wide(stored.dtype))
 
     def average(
         self,
@@ -192,7 +193,7 @@ def _product(row, column, axis):
 @jax.custom_jvp
 def _quotient(x, mean):
     """x / mean, where the mean is 0 x itself."""
-    return x / jnp.where(mean > 0, mean, 1)
+    return x / jnp.where(mean == 0, 1, mean)
 
 
 @_quotient.defjvp

@@ -102,10 +102,10 @@ def convert(
             raise ValueError(f"Invalid source: {source=}, but nu is stored by {node.accumulator}.")
         check_centered(target, node.mu is not None)
         leaves, treedef = jax.tree.flatten(node.nu, is_leaf=is_stored)
-        leaves = [
-            target.store(numbers(x, given or node.accumulator), thresholds_of(leaf, node.count))
-            for leaf, x in enumerate(leaves)
-        ]
+        for leaf, x in enumerate(leaves):
+            reads = given or node.accumulator or reader(x)
+            if reads != target:
+                leaves[leaf] = target.store(reads.read(x), thresholds_of(leaf, node.count))
         return node._replace(nu=jax.tree.unflatten(treedef, leaves), accumulator=unnamed(target))
 
     return map_rms_states(converted, state)

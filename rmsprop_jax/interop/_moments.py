@@ -110,7 +110,7 @@ def _stored(node, arrays, count):
         nu, accumulator = arrays["E[g^2]", name], _accumulator(node, name, old)
         if node.mu is not None:
             nu = variance(nu, _double(arrays["E[g]", name]))
-        dtype = dtype_of(old) if accumulators.Float32().fits(old) else np.dtype(np.float32)
+        dtype = dtype_of(old) if dtype_of(old) == np.float64 else np.dtype(np.float32)
         nu = accumulator.store(cast(nu, dtype), accumulators.thresholds_of(leaf, count))
         new.append(jax.tree.map(placed, nu, old))
     return jax.tree.unflatten(treedef, new)
