@@ -24,24 +24,24 @@ from rmsprop_jax._states import Stored
 
 
 class _Means(NamedTuple):
-    row: jax.Array
-    column: jax.Array
+    row_mean: jax.Array
+    column_mean: jax.Array
 
 
 class FactoredMoments(_Means, Stored):
     """A parameter's `nu` as :class:`Factored` stores it. Both arrays have the parameter's rank.
 
     Attributes:
-      row: the mean over columns, that is over the last of the two dimensions, where its size is 1.
-      column: the mean over rows, the first of the two dimensions, where its size is 1.
+      row_mean: of each row, that is over the last of the two dimensions, where its size is 1.
+      column_mean: of each column, that is over the first of the two dimensions, where its size is 1.
     """
 
     kind = "factored"
 
     @property
     def over(self) -> tuple[int, int]:
-        """The dimension that `row` is a mean over, and the one that `column` is a mean over."""
-        sizes = list(enumerate(zip(self.row.shape, self.column.shape, strict=True)))
+        """The dimension that `row_mean` is a mean over, and the one that `column_mean` is."""
+        sizes = list(enumerate(zip(self.row_mean.shape, self.column_mean.shape, strict=True)))
         return (
             next(axis for axis, (row, column) in sizes if row == 1 and column != 1),
             next(axis for axis, (row, column) in sizes if column == 1 and row != 1),
@@ -125,7 +125,7 @@ class Factored(Accumulator):
             for mean, before in zip(_means(g, added, old.over), old, strict=True)
         )
         nu = jnp.maximum(_product(row, column, old.over[1]), now)
-        return FactoredMoments(row.astype(old.row.dtype), column.astype(old.column.dtype)), nu
+        return FactoredMoments(row.astype(old.row_mean.dtype), column.astype(old.column_mean.dtype)), nu
 
 
 def _summed(param, axis):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax._dtypes import dtype_of
-from rmsprop_jax._states import is_stored
+from rmsprop_jax._states import is_stored, whole
 
 _NNX_VALUE = jax.tree_util.GetAttrKey("value")
 
@@ -51,7 +51,7 @@ def flatten_matching(grads: Any, nu: Any, mu: Any = None) -> tuple[list, Any, li
     """
     leaves, treedef = jax.tree.flatten(grads, is_leaf=is_none)
     try:
-        nus = treedef.flatten_up_to(nu)  # type: ignore[attr-defined]
+        nus = [whole(x) for x in treedef.flatten_up_to(nu)]  # type: ignore[attr-defined]
         mus = [None] * len(nus) if mu is None else treedef.flatten_up_to(mu)  # type: ignore[attr-defined]
     except ValueError:
         raise ValueError(_tree_mismatch(grads, nu)) from None

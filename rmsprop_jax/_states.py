@@ -4,24 +4,30 @@ Uncentred, `nu` is E[g^2] in both. Centred, it is the variance E[g^2] - E[g]^2 h
 E[g^2] in Optax; E[g] is `mu` in both.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+_STORED: list[type] = []
+
 
 class Stored:
     """Base of what stands in `nu` for one parameter where that is more than one array.
 
-    A pytree of arrays of the parameter's rank, each with the parameter's sizes or with 1.
+    A NamedTuple of arrays of the parameter's rank, each with the parameter's sizes or with 1, and with names
+    that no parameter has.
 
     Attributes:
       kind: which accumulator reads it, as in :class:`rmsprop_jax.accumulators.Accumulator`.
     """
 
     kind: str | None = None
+
+    def __init_subclass__(cls) -> None:
+        _STORED.append(cls)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,6 +43,24 @@ class Stored:
 def is_stored(x: Any) -> bool:
     """Whether `x` is a :class:`Stored`, for `is_leaf`: a leaf of `nu` is one parameter's."""
     return isinstance(x, Stored)
+
+
+def whole(x: Any) -> Any:
+    """A :class:`Stored` where `x` is a mapping of its fields, which Flax NNX makes of it; else `x`."""
+    if isinstance(x, Mapping):
+        for cls in _STORED:
+            names = cls._fields  # type: ignore[attr-defined]  # of a NamedTuple
+            if set(x) == set(names):
+                return cls(*(jax.tree.leaves(x[name])[0] for name in names))
+    return x
+
+
+def with_whole_leaves(state: Any) -> Any:
+    """A state of this package's with each :class:`Stored` in it as one."""
+    leaves, treedef = jax.tree.flatten(state.nu, is_leaf=lambda x: is_stored(whole(x)))
+    if not any(isinstance(x, Mapping) for x in leaves):
+        return state
+    return state._replace(nu=jax.tree.unflatten(treedef, map(whole, leaves)))
 
 
 class _Fields(NamedTuple):
@@ -99,12 +123,16 @@ def is_ours(x: Any) -> bool:
 
 def map_rms_states(f: Callable[[Any], Any], state: Any) -> Any:
     """`state` with `f` of each state of RMSProp in it; all else as it is."""
-    return jax.tree.map(lambda x: f(x) if is_rms_state(x) else x, state, is_leaf=is_rms_state)
+    return jax.tree.map(lambda x: f(_read(x)) if is_rms_state(x) else x, state, is_leaf=is_rms_state)
 
 
 def rms_states(state: Any) -> Iterator[Any]:
     """The states of RMSProp in `state`."""
-    return filter(is_rms_state, jax.tree.leaves(state, is_leaf=is_rms_state))
+    return map(_read, filter(is_rms_state, jax.tree.leaves(state, is_leaf=is_rms_state)))
+
+
+def _read(state):
+    return with_whole_leaves(state) if is_ours(state) else state
 
 
 def refusal(state: Any) -> str:

@@ -1,7 +1,9 @@
 """What CONTRIBUTING.md promises: a convention, an accumulator, a diagnostic: ten lines in one place each."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +44,7 @@ def test_a_convention(x64):
         takes_the_steps(added.convention, added.start, settings)
 
 
-def test_an_accumulator(monkeypatch):
+def test_an_accumulator_of_codes(monkeypatch):
     monkeypatch.setitem(accumulators.NAMED, "root16", Float16Root())
     tx = rmsprop(0.1, accumulator="root16")
     g = {"w": jnp.full(3, 2.0)}
@@ -52,6 +54,51 @@ def test_an_accumulator(monkeypatch):
     np.testing.assert_allclose(optax.tree.get(theirs, "nu")["w"], 0.4, rtol=2e-3)
     with pytest.raises(ValueError, match=r"nu is stored as Float16Root.*stores it as uint8"):
         rmsprop(0.1, accumulator="uint8").update(g, state)
+
+
+class OneMean(NamedTuple):
+    mean_of_all: jnp.ndarray
+    broadcast: jnp.ndarray
+
+
+class StoredMean(OneMean, accumulators.Stored):
+    """One number, and an array without elements of its own that has the parameter's shape."""
+
+
+@dataclass(frozen=True)
+class Mean(accumulators.Accumulator):
+    """One second moment for all of a parameter."""
+
+    elementwise = False
+
+    def store(self, nu, thresholds):
+        shape = (1,) * nu.ndim
+        return StoredMean(jnp.mean(nu).reshape(shape), jnp.zeros_like(nu, jnp.int8))
+
+    def read(self, stored):
+        return jnp.broadcast_to(stored.mean_of_all, stored.shape)
+
+    def fits(self, stored):
+        return isinstance(stored, StoredMean)
+
+
+def test_an_accumulator_of_another_kind():
+    """What it stores is its own; state, conversion, interop and diagnostics go by its methods."""
+    tx = rmsprop(0.1, accumulator=Mean())
+    g = {"w": jnp.array([1.0, 3.0])}
+    updates, state = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(
+        updates["w"], -0.1 * g["w"] / np.sqrt([0.5, 0.9]), rtol=1e-6
+    )  # 0.1 * 3^2 > 0.5
+    np.testing.assert_allclose(accumulators.convert(state, "float32")[0].nu["w"], 0.5, rtol=1e-6)
+    theirs = interop.to_optax(state, optax.rmsprop(0.1).init(g))
+    np.testing.assert_allclose(optax.tree.get(theirs, "nu")["w"], 0.5, rtol=1e-6)
+    measured = diagnostics.measure(g, state, updates, g, tx=tx)
+    np.testing.assert_allclose(measured.accumulator_rms["w"], np.sqrt(0.5), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"nu is stored as Mean.*stores it as float32"):
+        rmsprop(0.1).update(g, state)
+    with pytest.raises(ValueError, match=r"Mean\(\).*centered"):
+        rmsprop(0.1, centered=True, accumulator=Mean())
 
 
 def test_a_diagnostic(monkeypatch):

@@ -116,8 +116,8 @@ def test_the_means_are_those_of_torch():
         theirs.step()
         _, state = factored(1 - t**-0.8).update(jnp.asarray(g, jnp.float32), state)
         found = theirs.state[p]
-        np.testing.assert_allclose(state.nu.row, found["row_var"].numpy(), rtol=2e-6)
-        np.testing.assert_allclose(state.nu.column, found["col_var"].numpy(), rtol=2e-6)
+        np.testing.assert_allclose(state.nu.row_mean, found["row_var"].numpy(), rtol=2e-6)
+        np.testing.assert_allclose(state.nu.column_mean, found["col_var"].numpy(), rtol=2e-6)
         nu = found["row_var"] @ found["col_var"] / found["row_var"].mean(-2, keepdim=True)
         np.testing.assert_allclose(accumulators.convert(state, "float32").nu, nu.numpy(), rtol=4e-6)
 

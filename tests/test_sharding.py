@@ -12,7 +12,7 @@ import pytest
 from helpers import each
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from rmsprop_jax import rmsprop, rows, warmup
+from rmsprop_jax import accumulators, rmsprop, rows, warmup
 from rmsprop_jax.sharding import state_sharding
 
 MESH = AbstractMesh((4, 2), ("data", "model"))
@@ -44,6 +44,25 @@ def test_splits_the_largest_free_dimension(param, expected):
     for sharding in (state[0].nu["w"], state[0].mu["w"], state[2].trace["w"]):
         assert sharding == NamedSharding(MESH, PartitionSpec(*expected))
     assert state[0].count == NamedSharding(MESH, PartitionSpec())
+
+
+@pytest.mark.parametrize(
+    ("param", "row", "column"),
+    [
+        (struct((8, 12)), ("data", None), (None, "data")),
+        (struct((8, 13)), ("data", None), (None, None)),
+        (struct((8, 12), None, "model"), ("data", None), (None, "model")),
+        (struct((8, 12), "model"), ("model", None), (None, "data")),
+        (struct((16, 12), ("model", "data")), (("model", "data"), None), (None, "data")),
+        (struct((4, 8, 12), None, None, "model"), (None, "data", None), ("data", None, "model")),
+    ],
+)
+def test_means_follow_rows_and_columns(param, row, column):
+    """And are split over the data, each by itself."""
+    tx = rmsprop(1e-3, accumulator=accumulators.Factored(2), momentum=0.9)
+    state = state_sharding(tx, {"w": param}, MESH, "data")
+    assert [x.spec for x in state[0].nu["w"]] == [PartitionSpec(*row), PartitionSpec(*column)]
+    assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(tx.init, {"w": param}))
 
 
 KERNEL, BIAS = PartitionSpec(None, "data"), PartitionSpec("data")

@@ -15,7 +15,14 @@ import optax
 from rmsprop_jax import accumulators
 from rmsprop_jax._dtypes import dtype_of
 from rmsprop_jax._leaves import leaf_name, named_leaves
-from rmsprop_jax._states import is_ours, is_rms_state, is_stored, raw_moment, variance
+from rmsprop_jax._states import (
+    is_ours,
+    is_rms_state,
+    is_stored,
+    raw_moment,
+    variance,
+    with_whole_leaves,
+)
 from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import as_numpy, cast, placed
 from rmsprop_jax.interop._names import Key
@@ -76,6 +83,7 @@ def filled(state: Tree, arrays: Mapping[Key, np.ndarray], count: int) -> Tree:
             return node._replace(trace=tree_of("b", node.trace))
         if not is_rms_state(node):
             return node
+        node = with_whole_leaves(node) if is_ours(node) else node
         nu = _stored(node, arrays, count) if is_ours(node) else tree_of("E[g^2]", node.nu)
         mu = {} if getattr(node, "mu", None) is None else {"mu": tree_of("E[g]", node.mu)}
         return node._replace(nu=nu, **mu)
@@ -146,7 +154,7 @@ def _trees(node):
 
 def _nodes(state: Tree) -> Iterator[Any]:
     for node in jax.tree.leaves(state, is_leaf=_is_node):
-        yield node
+        yield with_whole_leaves(node) if is_ours(node) else node
         if _is_counter(node):
             yield from _nodes(_uncounted(node))
         if is_multi_steps(node):
