@@ -67,7 +67,8 @@ def rmsprop(
         None for none.
       mask: which parameters decay: a tree of bools with the parameters' structure or a prefix of it, or a
         function from the parameters to one; None for all.
-      accumulator: how `nu` is stored between updates, see :func:`rmsprop_jax.scale_by_rms`.
+      accumulator: how `nu` is stored between updates: "float32", "bfloat16", "uint8", "factored" or one of
+        your own, see :mod:`rmsprop_jax.accumulators`.
       momentum_dtype: dtype in which the momentum buffer is stored between updates, such as "bfloat16" (its
         name, as :func:`optax.inject_hyperparams` takes a class for a schedule), rounded without bias; None
         for float32, or float64 for 64-bit parameters. Complex parameters keep their dtype.

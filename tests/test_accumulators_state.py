@@ -106,7 +106,8 @@ def test_a_state_is_converted_and_trains_on(source, target):
     exact = accumulators.convert(state, "float32")[0].nu["w"]
     again = accumulators.convert(converted, "float32")[0].nu["w"]
     np.testing.assert_allclose(again / exact, 1, atol=0.2)
-    np.testing.assert_allclose(again.mean(), exact.mean(), rtol=5e-3)
+    # One byte's mean is right between the number and its logarithm: up to 1% too high.
+    np.testing.assert_allclose(again.mean(), exact.mean(), rtol=1e-2)
     tx[target].update(params, converted)
     if source == target:
         chex.assert_trees_all_equal(converted, state)
