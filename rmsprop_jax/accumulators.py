@@ -242,9 +242,9 @@ def named(accumulator: Any) -> Accumulator:
     if not isinstance(accumulator, Accumulator) or type(accumulator).__hash__ is None:
         names = ", ".join(map(repr, NAMED))
         raise ValueError(
-            f"Invalid accumulator: {accumulator=}, expected {names}, as a string, or a hashable object, such as "
-            "of a frozen dataclass, that derives from accumulators.Accumulator; one with encode and decode "
-            "derives from accumulators.Codes."
+            f"Invalid accumulator: {accumulator=}, expected {names}, as a string, or a hashable object, such "
+            "as of a frozen dataclass, that derives from accumulators.Accumulator; with encode and decode, "
+            "from accumulators.Codes."
         )
     return accumulator
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import SMALL, assert_trees_close, each_accumulator, step_of
+from helpers import CODES, assert_trees_close, each_accumulator, step_of
 
 from rmsprop_jax import interop, rmsprop
 
@@ -58,7 +58,7 @@ def test_optax_that_does_not_fit():
         interop.from_optax(optax.adam(0.1).init(PARAMS), rmsprop(0.1).init(PARAMS))
 
 
-@each_accumulator(SMALL)
+@each_accumulator(CODES)
 def test_small_accumulators_are_carried_over_to_optax_and_back(accumulator):
     params = {"w": jnp.zeros((40, 30))}
     tx, theirs = rmsprop(0.1, accumulator=accumulator), optax.rmsprop(0.1)
