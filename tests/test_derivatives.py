@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SMALL, Float16Root, each_accumulator
+from helpers import CODES, Float16Root, each_accumulator
 from jax.test_util import check_grads
 
 from rmsprop_jax import apply_updates, conventions, rmsprop, rounding, scale_by_rms
@@ -58,7 +58,7 @@ EDGE = jnp.array([0.0, 1e-30, 1e-15, 1e-5, 1.0, 1e15])
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-30])
-@each_accumulator(["float32", *SMALL])
+@each_accumulator(["float32", *CODES])
 def test_no_derivative_is_nan(form, eps, accumulator):
     """Of zero, tiny and huge gradients, in float32, where g^2 and nu^(-3/2) leave its range."""
     tx = scale_by_rms(0.9, eps, accumulator=accumulator, **form)
@@ -88,7 +88,7 @@ def test_the_derivative_of_each_element_at_zero(form):
 # Straight through: the derivative of rounding is 1, which unbiased rounding has in the mean.
 
 
-@each_accumulator([*SMALL, Float16Root()])
+@each_accumulator([*CODES, Float16Root()])
 @pytest.mark.parametrize("form", [{}, {"eps_in_sqrt": False}, {"centered": True}], ids=str)
 def test_stored_small_an_update_has_the_derivative_of_float32(accumulator, form):
     """Of one update, to what a code is off by: its step, 2^(1/4) for a byte."""
@@ -103,7 +103,7 @@ def test_stored_small_an_update_has_the_derivative_of_float32(accumulator, form)
     np.testing.assert_allclose(np.diag(slope(accumulator)), exact, rtol=0.2)
 
 
-@each_accumulator(SMALL)
+@each_accumulator(CODES)
 def test_the_sign_of_a_first_gradient_has_no_derivative(accumulator):
     """Without eps the first update is sign(g) / sqrt(0.1): -2.4 was found where this is 0."""
     tx = scale_by_rms(0.9, 0.0, accumulator=accumulator)

@@ -98,7 +98,7 @@ def settings_of(tx: Any, decay: Any, eps: Any, eps_in_sqrt: Any, accumulator: An
                 "Invalid decay: decay=None, and this optimizer does not tell its own, as one of Optax or in "
                 f"one of Optax's chains or wrappers. {instead}, or pass decay=, eps=, eps_in_sqrt=."
             )
-        return Settings(**given)
+        return Settings(**{"accumulator": None, **given})
     for name, value in given.items():
         known = getattr(settings, name)
         if name == "accumulator":
