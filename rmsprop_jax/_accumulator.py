@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,9 @@ class Accumulator(ABC):
       elementwise: whether each element of `nu` is stored by itself, in one array of the parameter's shape.
     """
 
-    kind: str | None = None
-    rounds: bool = False
-    elementwise: bool = True
+    kind: ClassVar[str | None] = None
+    rounds: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
 
     @abstractmethod
     def store(self, nu: jax.Array, thresholds: Thresholds) -> Any:
@@ -109,7 +109,7 @@ def _read_back_jvp(accumulator, primals, tangents):
 class Float32(Accumulator):
     """The numbers themselves: float32, and float64 for 64-bit parameters."""
 
-    kind = "float32"
+    kind: ClassVar[str | None] = "float32"
 
     def store(self, nu: jax.Array, thresholds: Thresholds) -> jax.Array:
         return nu
@@ -141,7 +141,7 @@ class Codes(Accumulator):
     in. A finite number leaves a finite one. Both run in float32 also for 64-bit parameters.
     """
 
-    rounds = True
+    rounds: ClassVar[bool] = True
 
     @abstractmethod
     def encode(self, nu: jax.Array, threshold: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class FactoredMoments(_Means, Stored):
       column_mean: of each column, that is over the first of the two dimensions, where its size is 1.
     """
 
-    kind = "factored"
+    kind: ClassVar[str | None] = "factored"
 
     @property
     def over(self) -> tuple[int, int]:
@@ -69,8 +69,8 @@ class Factored(Accumulator):
 
     min_dim: int = 128
 
-    kind = "factored"
-    elementwise = False
+    kind: ClassVar[str | None] = "factored"
+    elementwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.min_dim, int) or self.min_dim < 2:

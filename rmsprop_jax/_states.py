@@ -5,7 +5,7 @@ E[g^2] in Optax; E[g] is `mu` in both.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class Stored:
       kind: which accumulator reads it, as in :class:`rmsprop_jax.accumulators.Accumulator`.
     """
 
-    kind: str | None = None
+    kind: ClassVar[str | None] = None
 
     def __init_subclass__(cls) -> None:
         _STORED.append(cls)

@@ -136,10 +136,11 @@ def test_finetune_bfloat16_with_a_key_follows_float32(tmp_path):
     row = r"^(float32|bfloat16, .*?)  +(\d\.\d\d) +(\d\.\d+) "
     found = {name: (float(size), float(loss)) for name, size, loss in re.findall(row, output, re.MULTILINE)}
     sizes, losses = np.array(list(found.values())).T
-    np.testing.assert_array_equal(sizes, [8, 3, 3, 4])
+    # Of three kernels the means, biases whole: 0.13 bytes for each parameter.
+    np.testing.assert_array_equal(sizes, [8, 3, 2.13, 3, 4])
     # The gradients are bfloat16, and the accumulator is right to 5%: 1.00 to 1.01 over five seeds.
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
-    assert losses[2] > 1.5 * losses[0]
+    assert losses[3] > 1.5 * losses[0]
     assert_drawn(tmp_path / "finetune.png")
 
 
