@@ -12,7 +12,7 @@ too; "factored" keeps next to nothing, the means of rows and columns:
 compares that with float32 (8 bytes for each parameter and its state, instead of 3 or 2), with uint8 rounded
 to nearest, and with `optax.rmsprop` on bfloat16 weights, from the same start and on the same batches: five
 seeds, half a minute on two cores. Rounded at random it follows float32's loss down to 0.15; to nearest it
-stays above 4. The warm-up is for the accumulator, which starts anew. The picture has the loss, and how far
+stays above 4. Factored comes to 0.13. The warm-up is for the accumulator, which starts anew. The picture has the loss, and how far
 the weights have come.
 """
 
@@ -128,7 +128,7 @@ def draw(path, results, steps):
             axes.plot(times, values.mean(axis=1), color=SETTINGS[name][-1], label=label, **style)
     loss.set(xlabel="step", yscale="log", title="Validation loss, mean of the seeds")
     moved.set(xlabel="step", title="How far the weights have come (rms)")
-    loss.legend(frameon=False, title="per parameter and its state")
+    loss.legend(frameon=False, loc="lower left", title="per parameter and its state")
     save_figure(figure, path)
 
 
