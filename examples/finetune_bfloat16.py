@@ -12,8 +12,8 @@ too; "factored" keeps next to nothing, the means of rows and columns:
 compares that with float32 (8 bytes for each parameter and its state, instead of 3 or 2), with uint8 rounded
 to nearest, and with `optax.rmsprop` on bfloat16 weights, from the same start and on the same batches: five
 seeds, half a minute on two cores. Rounded at random it follows float32's loss down to 0.15; to nearest it
-stays above 4. Factored comes to 0.13. The warm-up is for the accumulator, which starts anew. The picture has the loss, and how far
-the weights have come.
+stays above 4. Factored comes to 0.13. The warm-up is for the accumulator, which starts anew. The picture has
+the loss, and how far the weights have come.
 """
 
 from functools import cache, partial
