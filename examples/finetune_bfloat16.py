@@ -128,7 +128,7 @@ def draw(path, results, steps):
             axes.plot(times, values.mean(axis=1), color=SETTINGS[name][-1], label=label, **style)
     loss.set(xlabel="step", yscale="log", title="Validation loss, mean of the seeds")
     moved.set(xlabel="step", title="How far the weights have come (rms)")
-    loss.legend(frameon=False, loc="lower left", title="per parameter and its state")
+    moved.legend(frameon=False, loc="lower right", fontsize="small", title="per parameter and its state")
     save_figure(figure, path)
 
 
