@@ -220,18 +220,22 @@ def draw(rows):
 
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    width = 0.8 / len(SETTINGS)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         some = [row for row in rows if row["task"] == task]
         for i, name in enumerate(SETTINGS):
             for j, row in enumerate(some):
                 losses = row["losses"][name]
-                x = j + (i - len(SETTINGS) / 2 + 0.5) * 0.15
+                x = j + (i - len(SETTINGS) / 2 + 0.5) * width
                 axes.plot([x] * len(losses), losses, "o", ms=3, color=f"C{i}", alpha=0.6)
                 axes.plot(
-                    [x - 0.05, x + 0.05], [np.mean(losses)] * 2, color=f"C{i}", label=None if j else name
+                    [x - width / 3, x + width / 3],
+                    [np.mean(losses)] * 2,
+                    color=f"C{i}",
+                    label=None if j else name,
                 )
-        axes.set_xticks(range(len(some)), [f"decay {row['decay']}" for row in some])
-        axes.set(title=task)
+        axes.set_xticks(range(len(some)), [f"{row['decay']}" for row in some])
+        axes.set(title=task, xlabel="decay")
     figure.axes[0].set_ylabel("validation loss, a dot for each seed")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
