@@ -88,9 +88,8 @@ def run_part(arguments, seconds, write):
     Returns how it ended, and its lines.
     """
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    if (
-        arguments[0] == "pytest"
-    ):  # several at once, and matrix products as exact as what they are compared with
+    if arguments[0] == "pytest":
+        # Several at once, and matrix products as exact as what they are compared with.
         environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     late, lines = threading.Event(), []
     with subprocess.Popen(

@@ -36,8 +36,6 @@ SETTINGS = {
     "optax, adafactor": (optax.adafactor, {}, jnp.float32),
     "optax, adam": (optax.adam, {}, jnp.float32),
 }
-if "factored" not in accumulators():
-    del SETTINGS["6 bytes"]
 
 
 class JaxStep(Step):

@@ -64,8 +64,6 @@ SETTINGS = {  # the optimizer, the parameters' dtype, whether they are rounded w
     "adafactor": (adafactor, jnp.float32, False),
     "adam": (lambda rate, decay: optax.adam(rate, b2=decay), jnp.float32, False),
 }
-if "factored" not in accumulators():
-    del SETTINGS["6 bytes"]
 DECAYS = (0.9, 0.99, 0.999)
 
 

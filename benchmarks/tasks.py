@@ -30,7 +30,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from benchmarks._frame import accumulators, environment, markdown, parser, save, save_picture, stored
+from benchmarks._frame import environment, markdown, parser, save, save_picture, stored
 from benchmarks._tasks import MAKE
 from benchmarks.quality import SMALL, accumulator
 from rmsprop_jax import rmsprop, warmup
@@ -55,8 +55,6 @@ METHODS = {  # color, line width and opacity: Optax's curve is broad, since this
     WARM: ("tab:green", 1.6, 1.0),
     "rmsprop, factored": ("black", 1.2, 0.8),
 }
-if "factored" not in accumulators():
-    del OPTIMIZERS["rmsprop, factored"], METHODS["rmsprop, factored"]
 PLAIN = {"SGD": (0.0,), "momentum": (0.5, 0.9, 0.99)}
 EXPONENTS = (0.7, 0.8, 0.9)
 DECAYS = (0.9, 0.99, 0.999)

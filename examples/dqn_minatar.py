@@ -92,7 +92,7 @@ def train(args):
                 save(manager, done, jax.tree.leaves(agents), settings, history)
                 about = {**settings, "frames": done, **history}
                 (args.out / "returns.json").write_text(json.dumps(about))
-            means = [last_100(episodes, done) for episodes in history["episodes"]]
+            means = [last_100(episodes[-100:], done) for episodes in history["episodes"]]
             bar.set_postfix({"mean return": f"{np.mean(means):.2f}"}, refresh=False)
             bar.update(_dqn.PERIOD)
             if received and done < args.frames:

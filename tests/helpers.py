@@ -114,6 +114,18 @@ def donated_step(tx):
     return jax.jit(step_of(tx), donate_argnums=(0, 1))
 
 
+def assert_the_second_step_compiles_nothing(tx, params):
+    """Nor do the third and the fourth, with gradients of the parameters' dtypes."""
+    step, grads = donated_step(tx), jax.tree.map(jnp.copy, params)
+    with compilations() as events:
+        params, state = step(params, tx.init(params), grads)
+        assert events  # the listener hears the first
+        events.clear()
+        for _ in range(3):
+            params, state = step(params, state, grads)
+    assert events == []
+
+
 def scanned(tx, gradients):
     """The last state and all updates, for gradients along the first axis of an array."""
     return jax.lax.scan(lambda state, g: tx.update(g, state)[::-1], tx.init(gradients[0]), gradients)

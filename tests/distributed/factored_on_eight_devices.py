@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import LAYOUTS, data_mesh, mesh_of, placed
-from on_eight_devices import filled, random, trained, updated
+from on_eight_devices import filled, initialised, random, trained, updated
 
 from rmsprop_jax import accumulators, rmsprop, scale_by_rms, warmup
 
@@ -64,10 +64,7 @@ def test_means_are_sharded_as_rows_and_columns_are(kind):
     tx = rmsprop(0.01, accumulator=FACTORED)
     mesh = mesh_of(8, kind)
     params = placed(random(np.random.default_rng(0)), mesh, LAYOUTS["both"])
-    states = [tx.init(params), jax.jit(tx.init)(params)]
-    if kind == AxisType.Explicit:
-        with jax.set_mesh(mesh):
-            states.append(jax.eval_shape(tx.init, params))
+    states = initialised(tx, params, mesh, kind)
     states.append(jax.jit(tx.update)(params, states[0])[1])
     for state in states:
         assert [filled(x) for x in state[0].nu["kernel"]] == [("data", None), (None, "model")]

@@ -83,16 +83,22 @@ def test_same_numbers_on_every_mesh(form, dtype):
     assert_equal(actual, expected, err_msg="explicit")
 
 
+def initialised(tx, params, mesh, kind):
+    """States made eagerly, jitted and, on explicit axes, where shapes alone have shardings, in eval_shape."""
+    states = [tx.init(params), jax.jit(tx.init)(params)]
+    if kind == AxisType.Explicit:
+        with jax.set_mesh(mesh):
+            states.append(jax.eval_shape(tx.init, params))
+    return states
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_init_takes_the_parameters_shardings(kind):
     """Eagerly, jitted, and where the shapes alone have them, on explicit axes, in eval_shape too."""
     tx = rmsprop(0.01, accumulator="uint8", centered=True, momentum=0.9)
     mesh = mesh_of(8, kind)
     params = placed(random(np.random.default_rng(0)), mesh, LAYOUTS["both"])
-    states = [tx.init(params), jax.jit(tx.init)(params)]
-    if kind == AxisType.Explicit:
-        with jax.set_mesh(mesh):
-            states.append(jax.eval_shape(tx.init, params))
+    states = initialised(tx, params, mesh, kind)
     for state in states:
         for tree in (state[0].nu, state[0].mu, state[2].trace):
             for x, p in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
