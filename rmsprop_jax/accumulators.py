@@ -111,6 +111,39 @@ def convert(
     return map_rms_states(converted, state)
 
 
+def stored_by(state: Any) -> Accumulator:
+    """The accumulator that stores the `nu` of a state of this package.
+
+    Raises:
+      ValueError: where the state does not tell.
+    """
+    first = next(iter(jax.tree.leaves(state.nu, is_leaf=is_stored)), None)
+    return state.accumulator or (NAMED["float32"] if first is None else reader(first))
+
+
+def decoded(state: Any) -> Any:
+    """The numbers of a state's `nu`: the parameters' tree, float32 or float64, in the parameters' shapes."""
+    accumulator = stored_by(state)
+    return jax.tree.map(accumulator.read, state.nu, is_leaf=is_stored)
+
+
+def with_numbers(state: Any, numbers: Any, count: jax.typing.ArrayLike) -> Any:
+    """A state whose `nu` stores other numbers, rounded as at update `count`; None leaves a parameter as it is.
+
+    Args:
+      state: of this package.
+      numbers: the parameters' tree of arrays and None.
+      count: updates so far, an integer.
+    """
+    accumulator = stored_by(state)
+    leaves, treedef = jax.tree.flatten(state.nu, is_leaf=is_stored)
+    given = treedef.flatten_up_to(numbers)
+    for leaf, nu in enumerate(given):
+        if nu is not None:
+            leaves[leaf] = accumulator.store(nu, thresholds_of(leaf, count))
+    return state._replace(nu=jax.tree.unflatten(treedef, leaves))
+
+
 def thresholds_of(
     leaf: jax.typing.ArrayLike, count: jax.typing.ArrayLike, rows: jax.Array | None = None
 ) -> Thresholds:
