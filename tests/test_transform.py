@@ -10,12 +10,11 @@ import optax
 import pytest
 from helpers import FLAGS, GRADIENTS, scanned, scanned_each
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rmsprop_jax import ScaleByRmsState, scale_by_rms
 
 FLOATS = [jnp.float16, jnp.bfloat16, jnp.float32]
-FORMS = [{"eps": eps, **flags} for eps in (0.0, 1e-8, 1e-50) for flags in FLAGS]
+FORMS = [{"eps": eps, **flags} for eps in (0.0, 1e-50) for flags in FLAGS] + [{"eps": 1e-8}]
 in_every_form = scanned_each([scale_by_rms(0.9, **form) for form in FORMS])
 
 
@@ -135,7 +134,7 @@ def test_the_largest_gradients_leave_everything_finite(dtype, request, strict_bu
     outcomes = in_every_form(jnp.stack([g, -g, g, jnp.ones_like(g), jnp.zeros_like(g)]))
     for form, (state, updates) in zip(FORMS, outcomes, strict=True):
         chex.assert_tree_all_finite((updates, state))
-        if not form["centered"]:
+        if not form.get("centered"):
             rounding = 1 + 2 * float(jnp.finfo(dtype).eps)
             assert np.all(np.abs(updates) <= rounding / np.sqrt(0.1)), form
 
@@ -163,7 +162,7 @@ def test_an_update_is_bounded_whatever_the_gradients(gradients):
         chex.assert_tree_all_finite(state)
 
 
-CENTERED = [*itertools.product([0.0, 1e-10, 0.5, 0.999], [0.0, 1e-30, 1e-8], [False, True], [False, True])]
+CENTERED = [*itertools.product([0.0, 1e-10, 0.999], [0.0, 1e-30, 1e-8], [False, True], [False, True])]
 each_centered = scanned_each(
     [scale_by_rms(decay, eps, 0.0, *flags, centered=True) for decay, eps, *flags in CENTERED]
 )
