@@ -136,7 +136,7 @@ def test_no_derivative_goes_through_integers_to_the_next_update():
             state = state._replace(nu=stop(state.nu))
             return jnp.sum(tx.update(g, state)[0])
 
-        return jax.grad(outcome)(1.0)
+        return jax.jit(jax.grad(outcome))(1.0)
 
     assert second("uint8", lambda nu: nu) == second("float32", jax.lax.stop_gradient) == 0
     np.testing.assert_allclose(second("bfloat16", lambda nu: nu), second("float32", lambda nu: nu), rtol=0.05)

@@ -135,7 +135,7 @@ def test_the_steps_are_those_of_optax(shape):
     compared = 0
     for t, g in enumerate(gradients(shape, 6), start=1):
         decay, g = 1 - t**-0.8, jnp.asarray(g, jnp.float32)
-        expected, their_state = theirs.update(g, their_state, params)
+        expected, their_state = jax.jit(theirs.update)(g, their_state, params)
         updates, state = factored(jnp.float32(decay), 0.0).update(g, state)
         for ours, axis in zip(state.nu, state.nu.over, strict=True):
             mean = their_state.v_row if axis == np.argmax(shape) else their_state.v_col
