@@ -3,10 +3,14 @@
 By hand: python -m pytest tests/distributed/factored_on_eight_devices.py
 """
 
+from functools import cache
+from itertools import product
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import LAYOUTS, data_mesh, mesh_of, placed
 from on_eight_devices import filled, initialised, random, trained, updated
@@ -32,12 +36,19 @@ def assert_close(actual, expected, message, rtol=2e-6):
         )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@cache
+def on_one_device(tx):
+    return jax.device_get(updated(tx, jnp.float32))
+
+
+TX = rmsprop(warmup(0.01), 0.99, accumulator=FACTORED)
+FEW = [(2, "replicated"), (4, "fully sharded"), (8, "tensor-parallel"), (8, "both")]
+
+
+@pytest.mark.parametrize(("devices", "layout"), quick(product([2, 4, 8], LAYOUTS), FEW))
 def test_same_numbers_in_every_layout(devices, layout):
     """Twelve steps; with ZeRO and without, and on explicit axes. `updated` sees that shardings stay."""
-    tx = rmsprop(warmup(0.01), 0.99, accumulator=FACTORED)
-    expected = jax.device_get(updated(tx, jnp.float32))
+    tx, expected = TX, on_one_device(TX)
     mesh = mesh_of(devices)
     for zero in (None, mesh):
         actual = updated(tx, jnp.float32, lambda tree: placed(tree, mesh, LAYOUTS[layout]), zero)
