@@ -94,7 +94,7 @@ class Factored(Accumulator):
         over = self.over(g.shape)
         if over is None:
             whole, nu = Float32().average(old[0], g, added, decay, thresholds)
-            return (whole, old[1]), nu
+            return (whole, old[1]), nu  # type: ignore[return-value]  # float32 stores one array
         now = added(g)
         row, column = (
             mean + decay * before.astype(now.dtype)
