@@ -43,10 +43,12 @@ from rmsprop_jax.interop._files import Tensors
 from rmsprop_jax.interop._keras import from_keras, to_keras
 from rmsprop_jax.interop._names import Names, paths
 from rmsprop_jax.interop._optax import from_optax, to_optax
+from rmsprop_jax.interop import _pickled  # noqa: F401  # for pickle.load
 from rmsprop_jax.interop._params import params_from
 from rmsprop_jax.interop._report import Report
 from rmsprop_jax.interop._resume import resume_keras, resume_torch
 from rmsprop_jax.interop._torch import from_torch, to_torch
+from rmsprop_jax.interop._upgrade import upgrade
 
 __all__ = [
     "Names",
@@ -62,4 +64,5 @@ __all__ = [
     "to_keras",
     "to_optax",
     "to_torch",
+    "upgrade",
 ]
