@@ -39,11 +39,11 @@ what the other framework's says of itself.
 `.keras` and `.h5`, where h5py is. Nothing in a file is unpickled or executed.
 """
 
+from rmsprop_jax.interop import _pickled  # noqa: F401  # pickle.load finds the classes of older versions there
 from rmsprop_jax.interop._files import Tensors
 from rmsprop_jax.interop._keras import from_keras, to_keras
 from rmsprop_jax.interop._names import Names, paths
 from rmsprop_jax.interop._optax import from_optax, to_optax
-from rmsprop_jax.interop import _pickled  # noqa: F401  # for pickle.load
 from rmsprop_jax.interop._params import params_from
 from rmsprop_jax.interop._report import Report
 from rmsprop_jax.interop._resume import resume_keras, resume_torch

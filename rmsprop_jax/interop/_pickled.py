@@ -1,7 +1,7 @@
-"""The classes that pickles of older versions name, in the modules where those versions had them.
+"""The classes of older versions' pickles.
 
-A pickle names a class by its module. What was in one that is gone, or had another form, is found here, so that
-:func:`rmsprop_jax.interop.upgrade` can read it.
+A pickle names a class by its module. Where that module is gone or its class has changed, this one stands in:
+then `pickle.load` works, and :func:`rmsprop_jax.interop.upgrade` has something to read.
 """
 
 import sys
@@ -17,17 +17,18 @@ __all__ = ["Factored", "FactoredMoments", "ScaleByRmsState", "WatchState"]
 
 
 class ScaleByRmsState(_tree.ScaleByRmsState):
-    """Of 0.2.0, in `_states`: with an accumulator that had no name in an attribute, no field."""
+    """0.2.0's, in `_states`, with an accumulator that has no name in an attribute beside the fields."""
 
     accumulator: Any = None
 
 
 class FactoredMoments(NamedTuple):
-    """Of 0.2.0, in `_factored`: what "factored" stored of one parameter."""
+    """0.2.0's, in `_factored`: what "factored" stored for one parameter."""
 
     row_mean: jax.Array
     column_mean: jax.Array
 
 
-for _name in ("_measurement", "_states", "_factored"):  # 0.1.0's WatchState, then 0.2.0's classes
+# `_measurement` had 0.1.0's WatchState, `_states` and `_factored` the classes of 0.2.0.
+for _name in ("_measurement", "_states", "_factored"):
     sys.modules[f"rmsprop_jax.{_name}"] = sys.modules[__name__]

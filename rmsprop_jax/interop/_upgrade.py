@@ -1,7 +1,8 @@
-"""States of older versions as those of this one.
+"""States that older versions of this package saved, in the layout of this version.
 
-Before 0.3.0 `nu` was the parameters' tree for every accumulator: 0.1.0 had nothing that says which one, 0.2.0 an
-attribute beside the fields, which only pickles keep, and for "factored" a pair of means in the place of a matrix.
+Before 0.3.0 `nu` was the parameters' tree for every accumulator. 0.1.0 did not store the accumulator at all.
+0.2.0 stored it in an attribute beside the fields, which only pickles keep, and only where it had no name; its
+"factored" had a pair of means in the place of each matrix.
 """
 
 from typing import Any
@@ -19,29 +20,33 @@ from rmsprop_jax.interop._arrays import placed
 
 
 def upgrade(old: Tree, like: SameTree) -> SameTree:
-    """A state that an older version of this package has saved, as this version continues it.
+    """Turns a state that an older version saved into the state from which this version goes on.
 
     Args:
-      old: the state, inside any chain or wrapper of Optax's and `diagnostics.watch`: as `pickle.load` or
-        ``flax.serialization.msgpack_restore`` give it, or Orbax without a target.
-      like: ``tx.init(params)`` of the optimizer that is to go on, built with the settings of the old run. It
-        says which accumulator the codes in `old` are of, where `old` does not: only pickles of 0.2.0 do.
+      old: the saved state, also inside Optax's chains and wrappers and `diagnostics.watch`: the result of
+        `pickle.load`, of ``flax.serialization.msgpack_restore`` or of Orbax without a target.
+      like: ``tx.init(params)`` of the optimizer that goes on, built with the settings of the old run; shapes
+        as of `jax.eval_shape` will do. The accumulator is that of `like`, since most old states do not name
+        theirs: codes of `Uint8(-40)` look like those of "uint8". Only a pickle of 0.2.0 does, and is refused
+        where it names another.
 
     Returns:
-      A state with the structure, shapes and dtypes of `like`, and the arrays of `old`, bit for bit. Arrays of
-      JAX stay on their devices, others are placed as those of `like`. A state of this version comes back as
-      it is. Hyper-parameters of :func:`optax.inject_hyperparams` that `old` does not have are those of
-      `like`, and so are the measurements of `watch` where it measures other figures, layers or capacities.
+      The arrays of `old`, bit for bit, in the structure, shapes and dtypes of `like`. Arrays of JAX stay
+      where they are, others are placed as those of `like` are. A state of this version comes back as it is.
+
+      Two things may be missing in `old` and are then those of `like`: hyper-parameters under
+      :func:`optax.inject_hyperparams`, and the measurements of `watch` where the number of figures, of layers
+      or the capacity has changed.
 
     Raises:
-      ValueError: where the two do not fit, naming the place in the state and what stands there in both.
+      ValueError: where `old` and `like` do not fit, naming the place in the state and what each has there.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from rmsprop_jax import interop, rmsprop
       >>> tx, params = rmsprop(0.1, accumulator="uint8"), {"w": jnp.zeros(2)}
       >>> codes = jnp.array([213, 0], jnp.uint8)
-      >>> old = [{"count": jnp.int32(1), "nu": {"w": codes}, "mu": None}, None, None, None]  # Orbax, 0.2.0
+      >>> old = [{"count": jnp.int32(1), "nu": {"w": codes}, "mu": None}, None, None, None]  # Orbax's
       >>> print(interop.upgrade(old, tx.init(params))[0].nu)
       {'uint8': {'w': Array([213,   0], dtype=uint8)}}
     """
@@ -53,6 +58,17 @@ def _upgraded(like, old, path):
         if jnp.shape(like) != getattr(old, "shape", None) or dtype_of(like) != dtype_of(old):
             raise _misfit(_described(old), _described(like), path)
         return old if isinstance(old, jax.Array) else placed(old, like)
+    entries, children = _entries_as_now(like, old, path), _entries(like)
+    missing = [x for name, x in children.items() if name not in entries]
+    extra = [x for name, x in entries.items() if name not in children]
+    if jax.tree.leaves((missing, extra)):
+        raise _misfit(_described(old), _described(like), path)
+    new = [_upgraded(x, entries.get(name), (*path, name)) for name, x in children.items()]
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=lambda x: x is not like), new)
+
+
+def _entries_as_now(like, old, path):
+    """The entries of an old node, where versions differ those that this version has."""
     entries = _entries(old)
     if isinstance(like, ScaleByRmsState):
         entries["nu"] = _nu(like, old, entries.get("nu"), path)
@@ -60,17 +76,11 @@ def _upgraded(like, old, path):
         entries["hyperparams"] = _hyperparams(like.hyperparams, _entries(entries.get("hyperparams")))
     elif isinstance(like, WatchState):
         entries = _measurements(like, entries)
-    children = _entries(like)
-    missing = [x for name, x in children.items() if name not in entries]
-    extra = [x for name, x in entries.items() if name not in children]
-    if jax.tree.leaves((missing, extra)):
-        raise _misfit(_described(old), _described(like), path)
-    new = [_upgraded(x, entries.get(name), (*path, name)) for name, x in children.items()]
-    return jax.tree.structure(like, is_leaf=lambda x: x is not like).unflatten(new)
+    return entries
 
 
 def _entries(node: Any) -> dict[str, Any]:
-    """The nodes one level below, by field, key or index; none of an array."""
+    """The nodes one level below, by field, key or index; an array has none."""
     children = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)
     return {jax.tree_util.keystr(path, simple=True): x for path, x in children if path}
 
@@ -78,7 +88,7 @@ def _entries(node: Any) -> dict[str, Any]:
 def _nu(like, old, nu, path):
     """The old `nu` in the layout of this version."""
     accumulator = stored_by(like)
-    stated = getattr(old, "accumulator", accumulator)  # 0.2.0 stated one without a name, and None for others
+    stated = getattr(old, "accumulator", accumulator)  # 0.2.0's is None where the accumulator has a name
     if stated != accumulator and not (stated is None and accumulator in NAMED.values()):
         found = "one of " + ", ".join(map(repr, NAMED)) if stated is None else repr(stated.name)
         raise _misfit(f"stored by {found}", repr(accumulator.name), (*path, "nu"))
@@ -90,7 +100,7 @@ def _nu(like, old, nu, path):
 
 
 def _part(nu, part, parts):
-    """The parameters' tree of one of the arrays that stood together in the place of each parameter."""
+    """The parameters' tree of one part, out of a tree that has all parts together at each parameter."""
 
     def is_stored(x):
         return set(_entries(x)) == set(parts)
@@ -104,14 +114,14 @@ def _part(nu, part, parts):
 
 
 def _hyperparams(like, old):
-    """The old ones, and those of `like` that are new; without 0.1.0's weight_decay=0.0, which is None now."""
+    """The old ones and those that are new in `like`, without 0.1.0's weight_decay=0.0 and other zeros."""
     return {**like, **{name: x for name, x in old.items() if name in like or np.any(x)}}
 
 
 def _measurements(like, entries):
-    """Those of the old state of `watch`; none of them where its table is of another shape."""
+    """The entries of the old state of `watch`, without its measurements where the table has another shape."""
     entries = {"stored" if name == "kept" else name: x for name, x in entries.items()}  # 0.1.0
-    if jnp.shape(entries.get("table")) == jnp.shape(like.table):
+    if getattr(entries.get("table"), "shape", None) == like.table.shape:
         return entries
     own = like._replace(inner=None)._asdict()
     return {**own, **{name: entries[name] for name in ("inner", "seen") if name in entries}}

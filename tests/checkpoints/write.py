@@ -2,8 +2,9 @@
 
     PYTHONPATH=ITS_FOLDER python tests/checkpoints/write.py tests/checkpoints/VERSION
 
-It runs unchanged under every version, once for each release; `tests/test_upgrade.py` reads the files and takes the
-optimizers from here. Each file holds the states of all optimizers, `truth.npz` their next updates and parameters.
+Run it once for each release; it works under every version as it is. `tests/test_upgrade.py` reads the files
+and takes the optimizers from here. Each file holds the states of all optimizers, `truth.npz` their next
+updates and parameters.
 """
 
 import functools
@@ -21,7 +22,7 @@ import optax
 import rmsprop_jax
 from rmsprop_jax import apply_updates, diagnostics, rmsprop, rows
 
-FIRST = rmsprop_jax.__version__ == "0.1.0"  # whose names are other ones: see CHANGELOG.md
+FIRST = rmsprop_jax.__version__ == "0.1.0"  # which has other names
 STEPS = 3  # before the state is saved, and as many after it
 
 
@@ -89,12 +90,12 @@ def step_of(name):
 
 
 def steps(name, state, first):
-    """`STEPS` steps from a state: the last state, and the updates and parameters of all, as `truth.npz` has them."""
+    """`STEPS` steps from a state: the last state, and the updates and parameters for `truth.npz`."""
     params, seen = params_of(name), []
     for number in range(first, first + STEPS):
         params, state, updates = step_of(name)(params, state, gradients_of(name, number))
         seen += jax.tree.leaves((updates, params))
-    some = [np.ravel(x)[:: max(1, x.size // 64)] for x in seen]  # of large arrays
+    some = [np.ravel(x)[:: max(1, x.size // 64)] for x in seen]  # a part of large arrays
     return state, np.concatenate(some).astype(np.float32)
 
 
