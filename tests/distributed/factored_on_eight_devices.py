@@ -67,8 +67,11 @@ def test_means_are_sharded_as_rows_and_columns_are(kind):
     states = initialised(tx, params, mesh, kind)
     states.append(jax.jit(tx.update)(params, states[0])[1])
     for state in states:
-        assert [filled(x) for x in state[0].nu["kernel"]] == [("data", None), (None, "model")]
-        assert [filled(x) for x in state[0].nu["odd"]] == [(None, None)] * 2
+        assert [filled(tree["kernel"]) for tree in state[0].nu["factored(2)"].values()] == [
+            ("data", None),
+            (None, "model"),
+        ]
+        assert [filled(tree["odd"]) for tree in state[0].nu["factored(2)"].values()] == [(None, None)] * 2
 
 
 def test_zero_keeps_an_eighth_on_each_device():
