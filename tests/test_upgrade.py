@@ -138,6 +138,17 @@ def test_an_accumulator_of_one_s_own():
     np.testing.assert_array_equal(state[0].nu["Float16Root()"]["w"], codes)
 
 
+def test_a_pure_dictionary_of_flax_nnx():
+    nnx = pytest.importorskip("flax.nnx", reason="the examples' extra is not installed")
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, rmsprop(0.1, accumulator="uint8"), wrt=nnx.Param)
+    codes = {"bias": np.array([1, 2], np.uint8), "kernel": np.arange(6, dtype=np.uint8).reshape(3, 2)}
+    old = {0: {"count": np.int32(3), "nu": codes}}  # `nnx.to_pure_dict` leaves empty states out
+    state = interop.upgrade(old, optimizer.opt_state)
+    assert jax.tree.structure(state) == jax.tree.structure(optimizer.opt_state)
+    assert_equal(jax.tree.leaves(state), [np.int32(3), *codes.values()])
+
+
 def test_shapes_are_enough_of_the_new_state():
     tx, params = write.optimizers()["factored_4"], write.params_of("factored_4")
     old = pickled("0.2.0")["factored_4"]

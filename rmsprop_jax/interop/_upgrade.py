@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax._dtypes import dtype_of
-from rmsprop_jax._tree import SameTree, ScaleByRmsState, Tree
+from rmsprop_jax._tree import SameTree, ScaleByRmsState, Tree, is_box
 from rmsprop_jax.accumulators import NAMED, stored_by
 from rmsprop_jax.diagnostics import WatchState
 from rmsprop_jax.interop._arrays import placed
@@ -24,7 +24,8 @@ def upgrade(old: Tree, like: SameTree) -> SameTree:
 
     Args:
       old: the saved state, also inside Optax's chains and wrappers and `diagnostics.watch`: the result of
-        `pickle.load`, of ``flax.serialization.msgpack_restore`` or of Orbax without a target.
+        `pickle.load`, of ``flax.serialization.msgpack_restore`` or of Orbax without a target; of Flax NNX the
+        ``"opt_state"`` of a pure dictionary, with ``optimizer.opt_state`` for `like`.
       like: ``tx.init(params)`` of the optimizer that goes on, built with the settings of the old run; shapes
         as of `jax.eval_shape` will do. The accumulator is that of `like`, since most old states do not name
         theirs: codes of `Uint8(-40)` look like those of "uint8". Only a pickle of 0.2.0 does, and is refused
@@ -70,6 +71,8 @@ def _upgraded(like, old, path):
 def _entries_as_now(like, old, path):
     """The entries of an old node, where versions differ those that this version has."""
     entries = _entries(old)
+    if is_box(like) and not entries:  # `nnx.to_pure_dict` has arrays in the place of variables
+        entries = dict.fromkeys(_entries(like), old)
     if isinstance(like, ScaleByRmsState):
         entries["nu"] = _nu(like, old, entries.get("nu"), path)
     elif isinstance(like, optax.schedules.InjectStatefulHyperparamsState):
