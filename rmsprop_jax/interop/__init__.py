@@ -38,8 +38,7 @@ what the other framework's says of itself.
 `.pt`, `.pth`, `.ckpt` and `.bin`, by ``torch.load(weights_only=True)``, where PyTorch is installed; Keras's
 `.keras` and `.h5`, where h5py is. Nothing in a file is unpickled or executed.
 
-**From an older version.** :func:`upgrade` turns a state that an older version of this package saved into one of
-this version.
+**From an older version.** :func:`upgrade` takes states that older versions of this package saved.
 """
 
 from rmsprop_jax.interop import _pickled  # noqa: F401  # pickle.load finds the classes of older versions there
