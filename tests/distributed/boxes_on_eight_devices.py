@@ -67,7 +67,7 @@ def test_the_metadata_of_nnx(accumulator):
 
 @each_accumulator
 def test_specs_that_follow_the_parameters(accumulator):
-    """`optax.tree.map_params` hands one to each array; `state_sharding` splits no mean along its size of 1."""
+    """`optax.tree.map_params` hands one to each array; `state_sharding` splits no axis of size 1."""
     params, specs = {"w": jnp.ones((4, 8)), "b": jnp.ones(8)}, {"w": P("data", "model"), "b": P("model")}
     mesh, tx = mesh_of(8), rmsprop(0.1, accumulator=accumulator)
     state = tx.init(params)
