@@ -41,7 +41,7 @@ what the other framework's says of itself.
 **From an older version.** :func:`upgrade` takes states that older versions of this package saved.
 """
 
-from rmsprop_jax.interop import _pickled  # noqa: F401  # pickle.load finds the classes of older versions there
+import rmsprop_jax.interop._pickled  # noqa: F401  # where pickle.load finds the classes of older versions
 from rmsprop_jax.interop._files import Tensors
 from rmsprop_jax.interop._keras import from_keras, to_keras
 from rmsprop_jax.interop._names import Names, paths

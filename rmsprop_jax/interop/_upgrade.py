@@ -126,8 +126,8 @@ def _measurements(like, entries):
     entries = {"stored" if name == "kept" else name: x for name, x in entries.items()}  # 0.1.0
     if getattr(entries.get("table"), "shape", None) == like.table.shape:
         return entries
-    own = like._replace(inner=None)._asdict()
-    return {**own, **{name: entries[name] for name in ("inner", "seen") if name in entries}}
+    fresh = {name: x for name, x in _entries(like).items() if name not in ("inner", "seen")}
+    return {**entries, **fresh}
 
 
 def _misfit(found, expected, path):
