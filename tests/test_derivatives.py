@@ -10,6 +10,7 @@ from helpers import CODES, Float16Root, each_accumulator
 from jax.test_util import check_grads
 
 from rmsprop_jax import apply_updates, conventions, rmsprop, rounding, scale_by_rms
+from rmsprop_jax._rule import Settings
 
 slow = pytest.mark.slow  # what compiles derivatives of derivatives
 FLAGS = ("eps_in_sqrt", "bias_correction", "centered")
@@ -86,6 +87,32 @@ def test_the_derivative_of_each_element_at_zero(form):
     found = jax.jit(slope)(jnp.array([0.0, 1.0]))
     assert jnp.all(jnp.isfinite(found))
     np.testing.assert_allclose(found[0, 0], 1 / np.sqrt(eps) if form["eps_in_sqrt"] else 1 / eps, rtol=1e-3)
+
+
+@pytest.mark.parametrize("eps_in_sqrt", [True, False])
+def test_the_factor_of_a_gradient_has_the_derivatives_of_its_formula(eps_in_sqrt):
+    """By nu and by eps. Below the smallest normal number, which stands in for nu, it is 0."""
+    tiny = np.finfo(np.float32).tiny
+    nu = np.array([0.0, tiny / 2, 1e-20, 1e-6, 1.0, 1e20])[:, None]
+    eps = np.array([0.0, 1e-30, 1e-8, 0.1])[None]
+    root = np.sqrt(np.maximum(nu + eps * eps_in_sqrt, tiny)) + eps * (not eps_in_sqrt)
+    if eps_in_sqrt:
+        by_nu = by_eps = np.where(nu + eps > tiny, -0.5 / root**3, 0)
+    else:
+        by_nu, by_eps = np.where(nu > tiny, -0.5 / np.sqrt(np.maximum(nu, tiny)) / root**2, 0), -1 / root**2
+
+    def factor(nu, eps):
+        return Settings(0.9, eps, eps_in_sqrt).inverse_root(nu)
+
+    pairs = [jnp.asarray(x, jnp.float32).ravel() for x in np.broadcast_arrays(nu, eps)]
+    with np.errstate(over="ignore"):
+        expected = [np.float32(x).ravel() for x in np.broadcast_arrays(1 / root, by_nu, by_eps)]
+    found = jax.jit(jax.vmap(lambda *x: (factor(*x), *jax.grad(factor, (0, 1))(*x))))(*pairs)
+    for one, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, exact, rtol=1e-5)
+    # A Python number for eps is a constant.
+    slope = jax.vmap(jax.grad(lambda nu: factor(nu, 1e-8)))
+    np.testing.assert_allclose(slope(pairs[0][2::4]), expected[1][2::4], rtol=1e-5)
 
 
 # Straight through: the derivative of rounding is 1, which unbiased rounding has in the mean.

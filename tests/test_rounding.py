@@ -81,6 +81,29 @@ def test_thresholds_are_even_in_time_for_each_element_and_over_the_elements():
     assert jnp.all(over_elements != other_leaf)
 
 
+# 2^32 times the fractions of the square roots of the first primes, in the last bit odd.
+AXES = np.array(
+    [0x6A09E667, 0xBB67AE85, 0x3C6EF373, 0xA54FF53B, 0x510E527F, 0x9B05688D, 0x1F83D9AB, 0x5BE0CD19],
+    np.uint32,
+)
+
+
+def test_thresholds_are_the_same_in_every_version():
+    """So that a run goes on as it would have; each axis, the leaf, the count and the seed matter."""
+    some = np.asarray(rounding.thresholds((2,) * 9, 3, 5)).ravel()
+    np.testing.assert_array_equal(some[2 ** np.arange(9)[::-1]] - some[0], AXES[np.arange(9) % 8])
+    for leaf, count, expected in [
+        (0, 0, 0),
+        (0, 1, 0x46EE73E7),  # 0.277076 of 2^32
+        (1, 0, 0x86D2FA73),
+        (2**32 - 1, 7, 0x8A3B11D4),
+        (12, 2**31 - 1, 0x93A331CF),
+    ]:
+        assert int(rounding.thresholds((), np.uint32(leaf), count)) == expected
+    seeded = rounding.random_thresholds((3,), 1, jnp.array([5, 7], jnp.uint32))
+    np.testing.assert_array_equal(seeded, np.array([0x49D1E071, 0xCD25297D, 0x64350A6A], np.uint32))
+
+
 def test_random_thresholds_are_random_over_elements_leaves_and_seeds():
     def some(leaf, *seed):
         thresholds = rounding.random_thresholds((100, 100), leaf, jnp.array(seed, jnp.uint32))
