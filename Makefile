@@ -6,6 +6,7 @@
 # make types   how much of the public names has a type: at least TYPES_FLOOR percent
 # make docs    the site, in docs/_build/html
 # make lowest  the tests of what the extras are for, on the oldest versions that pyproject.toml allows
+# make mutants  how many small changes to the core its tests notice, in hours; MUTANTS="--each 9" takes fewer
 # make peers   installs PyTorch, Keras, TensorFlow, ...: the tests then compare with them too
 # make gpu     measures and tests on a GPU, in nine minutes; the data go to OUT=gpu
 #
@@ -21,12 +22,13 @@ PY = $(VENV)/bin/python
 
 TYPES_FLOOR = 100
 OUT ?= gpu
+MUTANTS ?= --jobs 2
 CUDA ?= cuda12
 WHEEL = $(VENV)-wheel
 LOWEST = $(VENV)-lowest
 LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_output.py tests/test_example*.py)
 
-.PHONY: train test test-all check docs package types lowest peers gpu format clean
+.PHONY: train test test-all check docs package types lowest mutants peers gpu format clean
 
 train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
@@ -62,6 +64,13 @@ lowest:
 	$(LOWEST)/bin/python -m pip install --quiet uv
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[all]' --group test
 	$(LOWEST)/bin/python -m pytest -q $(LOWEST_TESTS) $(PYTEST_ARGS)
+
+mutants: $(VENV)/.mutants
+	$(PY) -m benchmarks mutants $(MUTANTS)
+
+$(VENV)/.mutants: $(VENV)/.installed
+	$(PY) -m pip install --quiet --group mutants $(PIP_ARGS)
+	touch $@
 
 format: $(VENV)/.installed
 	$(PY) -m ruff format .

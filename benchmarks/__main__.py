@@ -30,7 +30,7 @@ if __name__ == "__main__":
             for name in NAMES:
                 print(f"== {name}")
                 importlib.import_module(f"benchmarks.{name}").main(["--short"])
-        case [name, *options] if name in (*NAMES, "gpu"):
+        case [name, *options] if name in (*NAMES, "gpu", "mutants"):
             importlib.import_module(f"benchmarks.{name}").main(options)
         case _:
             sys.exit(f"{__doc__}\nNames: {', '.join(NAMES)}")

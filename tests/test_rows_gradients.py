@@ -87,6 +87,14 @@ def test_value_and_grad_is_that_of_the_dense_loss():
         np.testing.assert_allclose(gradient.to_dense(), dense_grads[name], rtol=1e-5)
 
 
+def test_a_table_that_is_not_used_has_a_gradient_without_rows():
+    tables, ids = {"used": jnp.ones((3, 2)), "not": jnp.ones((5, 4, 2))}, {"used": jnp.array([0]), "not": []}
+    _, (grads, _) = rows.value_and_grad(lambda found, _: jnp.sum(found["used"]))(tables, ids, None)
+    assert grads["not"].shape == (5, 4, 2)
+    assert grads["not"].indices.shape == (0,)
+    np.testing.assert_array_equal(grads["not"].to_dense(), jnp.zeros((5, 4, 2)))
+
+
 def test_out_of_range_ids_look_up_zeros():
     table = jnp.ones((3, 2))
     gradient = rows.value_and_grad(lambda x, _: (jnp.sum(x), x), has_aux=True)
