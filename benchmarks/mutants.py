@@ -46,9 +46,11 @@ TESTS = {
     "accumulators/_factored": "factored factored_state accumulators_state",
     "optimizer": "optimizer accumulators_state drop_in every_factory",
     "rounding": "rounding accumulators_codes updates optimizer derivatives",
-    "rows/_gradient": "rows_gradients updates rows_exact rows_refusals rows_inside_optax rows_compiled",
+    "rows/_gradient": "rows_gradients updates rows_exact rows_refusals rows_inside_optax rows_compiled "
+    "export sharding",
     "rows/_lookup": "rows_gradients rows_refusals rows_compiled rows_recipes",
-    "rows/_touched": "rows_exact rows_lazy rows_refusals rows_inside_optax rows_compiled every_factory",
+    "rows/_touched": "rows_exact rows_lazy rows_refusals rows_inside_optax rows_compiled "
+    "every_factory export",
     "rows/_values": "rows_inside_optax",
     "schedules": "schedules",
     "sharding": "sharding",
@@ -104,10 +106,10 @@ def _alike(change):
 
 
 def _left_out(tree):
-    """From where to where annotations and errors stand."""
+    """From where to where annotations, errors and the `strict` of zip stand."""
     for node in ast.walk(tree):
         fields = [getattr(node, name, None) for name in ("annotation", "returns")]
-        if isinstance(node, ast.Raise | ast.JoinedStr):
+        if isinstance(node, ast.Raise | ast.JoinedStr) or getattr(node, "arg", None) == "strict":
             fields.append(node)
         for x in filter(None, fields):
             yield (x.lineno, x.col_offset), (x.end_lineno, x.end_col_offset)

@@ -1,5 +1,7 @@
 """The chain: momentum, learning rate, weight decay, and the dtypes between them."""
 
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from helpers import scanned, step_of
 
 from rmsprop_jax import rmsprop, scale_by_rms
+from rmsprop_jax._rule import Settings
 
 # A learning rate that changes every step, so that its place in the chain shows.
 CHANGING = optax.exponential_decay(0.1, transition_steps=1, decay_rate=0.7)
@@ -190,6 +193,19 @@ def test_a_low_momentum_dtype_loses_nothing_in_the_mean(momentum_dtype):
     np.testing.assert_allclose(low, exact, rtol=0.1)
 
 
+def test_nu_and_the_momentum_are_rounded_each_by_thresholds_of_its_own():
+    """Of two leaves: with the same thresholds, the same numbers would be rounded up in the same elements."""
+    half = 1 + 2**-8  # between 1 and bfloat16's next number
+    tx = rmsprop(half, 0.0, 0.0, momentum=0.5, accumulator="bfloat16", momentum_dtype="bfloat16")
+    g = [jnp.full(1000, np.sqrt(half), jnp.float32)] * 2
+    _, state = tx.update(g, tx.init(g))
+    stored = [*optax.tree.get(state, "nu")["bfloat16"], *optax.tree.get(state, "trace")]
+    up = [np.abs(np.float32(x)) > half for x in stored]
+    for i, one in enumerate(up):
+        assert 0.4 < one.mean() < 0.6
+        assert all(np.mean(one == other) < 0.95 for other in up[:i])
+
+
 def test_complex_parameters_keep_a_complex_momentum():
     params = jnp.array([1 + 2j, 3 - 1j], jnp.complex64)
     for momentum_dtype in (None, "bfloat16"):
@@ -240,6 +256,29 @@ def test_bad_hyper_parameters_are_refused_by_name_and_value(name, values):
         with pytest.raises(ValueError, match=f"Invalid {name}.*{name}=") as error:
             rmsprop(**{"learning_rate": 0.1, "momentum": 0.9, name: value})
         assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "injected",
+    [
+        {"mask": jnp.array(True)},
+        {"mask": jnp.array(0.5), "decay": jnp.float32(0.9)},
+        {"mask": True, "decay": jnp.float32(0.9)},
+    ],
+    ids=str,
+)
+def test_a_mask_that_came_as_a_number_is_refused(injected):
+    """As `optax.inject_hyperparams` passes on what it took for a number or a schedule."""
+    with pytest.raises(ValueError, match=r"Invalid mask: .*static_args='mask'"):
+        rmsprop(0.1, weight_decay=0.1, **injected)
+
+
+def test_the_defaults_are_those_of_optax():
+    assert scale_by_rms().settings == rmsprop(0.1).settings == Settings(0.9)
+    ours, theirs = (inspect.signature(f).parameters for f in (rmsprop, optax.rmsprop))
+    same = [name for name in theirs if name in ours]
+    assert len(same) == 9
+    assert [ours[name].default for name in same] == [theirs[name].default for name in same]
 
 
 def test_a_rounded_momentum_is_refused():

@@ -95,6 +95,15 @@ def test_a_table_that_is_not_used_has_a_gradient_without_rows():
     np.testing.assert_array_equal(grads["not"].to_dense(), jnp.zeros((5, 4, 2)))
 
 
+@pytest.mark.parametrize("loss", [0.0, np.nan, np.inf])
+def test_the_ids_do_not_depend_on_the_loss(loss):
+    """XLA only believes so."""
+    table, ids = jnp.ones((3, 2)), jnp.array([[2, 1], [-1, 7]])
+    value, (grads, _) = jax.jit(rows.value_and_grad(lambda x, _: jnp.sum(x) * 0 + loss))(table, ids, None)
+    np.testing.assert_array_equal(value, loss)
+    np.testing.assert_array_equal(grads.indices, [2, 1, 3, 3])
+
+
 def test_out_of_range_ids_look_up_zeros():
     table = jnp.ones((3, 2))
     gradient = rows.value_and_grad(lambda x, _: (jnp.sum(x), x), has_aux=True)

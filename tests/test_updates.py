@@ -1,5 +1,7 @@
 """apply_updates: Optax's for dense updates, a scatter for row-sparse ones."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -82,12 +84,22 @@ def test_updates_that_do_not_fit_are_named():
     update = RowGradient(jnp.array([0]), jnp.ones((1, 2)), 4)
     with pytest.raises(ValueError, match=r"Row-sparse update 'w' has shape \(4, 2\).*\(3, 2\)"):
         apply_updates({"w": jnp.ones((3, 2))}, {"w": update})
-    for shape in ((3,), (4, 3, 2)):
-        with pytest.raises(ValueError, match=r"'w' has shape .*\(3, 2\)"):
-            apply_updates({"w": jnp.ones((3, 2))}, {"w": jnp.ones(shape)})
+    for shape, own in (((3,), (3, 2)), ((4, 3, 2), (3, 2)), ((3, 2), (1, 2)), ((0, 2), (1, 2))):
+        with pytest.raises(
+            ValueError, match=rf"'w' has shape {re.escape(str(shape))}.* {re.escape(str(own))}"
+        ):
+            apply_updates({"w": jnp.ones(own)}, {"w": jnp.ones(shape)})
+    with pytest.raises(ValueError, match=r"Update 'w' has no parameter"):
+        apply_updates({"w": None}, {"w": jnp.ones(2)})
 
 
 # Stochastic rounding of low-precision parameters.
+
+
+@pytest.mark.parametrize("key", [0, 0.5, "key", np.zeros(2, np.uint32), jnp.zeros(2)], ids=repr)
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(ValueError, match=r"Invalid key: key=.*jax\.random"):
+        apply_updates(PARAMS, PARAMS, key=key)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
