@@ -157,7 +157,9 @@ def test_a_parameter_may_have_the_name_of_an_accumulator(name):
     rmsprop(1.0, accumulator="uint8").update(params, small)
 
 
-@pytest.mark.parametrize("tree", [{}, (optax.EmptyState(),), {"w": jnp.ones(2)}, optax.adam(0.1).init(jnp.ones(2))])
+@pytest.mark.parametrize(
+    "tree", [{}, (optax.EmptyState(),), {"w": jnp.ones(2)}, optax.adam(0.1).init(jnp.ones(2))]
+)
 def test_a_tree_without_a_state_is_not_converted(tree):
     with pytest.raises(ValueError, match=r"Invalid state: there is no ScaleByRmsState in this"):
         accumulators.convert(tree, "uint8")
@@ -216,7 +218,9 @@ def test_the_learning_rate_before_or_after_the_buffer_goes_with_the_state():
     g = jnp.ones(3)
     for before in (True, False):
         made, used = (rmsprop(1.0, momentum=0.9, lr_in_momentum=x) for x in (before, not before))
-        with pytest.raises(ValueError, match=rf"Invalid lr_in_momentum: lr_in_momentum={not before}, .*made with"):
+        with pytest.raises(
+            ValueError, match=rf"Invalid lr_in_momentum: lr_in_momentum={not before}, .*made with"
+        ):
             used.update(g, made.init(g))
 
 

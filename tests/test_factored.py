@@ -51,7 +51,9 @@ def test_takes_the_steps_of_the_textbook(form, shape):
     """To 1e-6: a dozen roundings of float32, 6e-8 each."""
     tx, some = factored(0.9, 1e-4, **form), [np.float32(g).astype(np.float64) for g in gradients(shape)]
     state = tx.init(jnp.zeros(shape))
-    for g, (u, nu) in zip(some, textbook(some, accumulators.Factored(2).over(shape), 0.9, 1e-4, **form), strict=True):
+    for g, (u, nu) in zip(
+        some, textbook(some, accumulators.Factored(2).over(shape), 0.9, 1e-4, **form), strict=True
+    ):
         updates, state = tx.update(jnp.asarray(g, jnp.float32), state)
         np.testing.assert_allclose(updates, u, rtol=1e-6)
         np.testing.assert_allclose(accumulators.convert(state, "float32").nu, nu, rtol=1e-6)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compiled_for import MARKS, assert_at_the_limit, compiled, on_each_chip
-from helpers import FORMS, each
+from helpers import CODES, FORMS, each, forms
 
 from benchmarks import _aot
 from benchmarks.accelerators import SHAPE
@@ -30,6 +30,30 @@ def test_every_form_moves_its_arrays_once(chip, dtype, form):
 @on_each_chip
 def test_every_convention_moves_its_arrays_once(chip, dtype, name):
     assert_at_the_limit(chip, conventions.get(name)(1e-3), dtype)
+
+
+@pytest.mark.parametrize("accumulator", CODES)
+@each(form=forms("plain", "momentum", "centered"))
+@on_each_dtype
+@on_each_chip
+def test_codes_are_written_in_place(chip, dtype, form, accumulator):
+    assert_at_the_limit(chip, rmsprop(1e-3, accumulator=accumulator, **form), dtype)
+
+
+@each(
+    form={
+        "plain": {},
+        "after": {"lr_in_momentum": False},
+        "nesterov": {"nesterov": True},
+        "centered": {"centered": True},
+        "uint8": {"accumulator": "uint8"},
+    }
+)
+@on_each_dtype
+@on_each_chip
+def test_a_small_momentum_buffer_is_written_in_place(chip, dtype, form):
+    tx = rmsprop(1e-3, momentum=0.9, momentum_dtype="bfloat16", **form)
+    assert_at_the_limit(chip, tx, dtype)
 
 
 @on_each_chip
