@@ -112,8 +112,8 @@ def trace(decay, nesterov, dtype):
                 # thresholds.
                 thresholds = rounding.thresholds(new.shape, np.uint32(2**32 - 1) - number, count)
                 stored = rounding.to_dtype(new, old.dtype, thresholds)
-                # The update reads the stored buffer, as it reads stored codes of nu: so nothing reads `old` any
-                # more, which is written in place. Without the order XLA on GPUs keeps a float32 copy of it.
+                # The update reads the stored buffer, as it reads stored codes of nu: so nothing reads `old`
+                # any more, which is written in place. Without the order XLA on GPUs keeps a float32 copy.
                 new = ordered_after(stored.astype(new.dtype), jnp.isnan(stored) & (stored > 0))
             return _traced(g, new, decay) if nesterov else new, stored
 
