@@ -23,7 +23,7 @@ OUT ?= gpu
 CUDA ?= cuda12
 WHEEL = $(VENV)-wheel
 LOWEST = $(VENV)-lowest
-LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_output.py tests/test_example*.py)
+LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_watch.py tests/test_example*.py)
 
 .PHONY: train test check docs package types lowest peers gpu format clean
 
