@@ -47,7 +47,7 @@ def reference(g, u, p, nu, mu, stored, decay=DECAY, eps=EPS, in_root=True, steps
 
 
 def form(make=rmsprop, dtype="float32", rate=None, slow=False, decay=DECAY, eps=EPS, **options):
-    """A row of the test: an optimizer, its parameters' dtype, and the learning rate if it is a known number."""
+    """A row of the test: an optimizer, its parameters' dtype, and its learning rate where that is known."""
     schedule = optax.linear_schedule(0.1, 0.0, 10)  # 0.08 at the third update
     settings = {"decay": decay, "eps": eps}
     tx = make(schedule, **settings, **options)

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rmsprop_jax._dtypes import abs_sq, real, times, wide
 from rmsprop_jax._rule import Settings
-from rmsprop_jax._states import variance
+from rmsprop_jax._tree import variance
 
 Array: TypeAlias = jax.Array | np.ndarray
 Figures: TypeAlias = dict[str, Array]  # by the layer's name

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax import accumulators
-from rmsprop_jax._leaves import array_of, named_leaves
-from rmsprop_jax._row_gradient import is_gradient, is_row_gradient
 from rmsprop_jax._rule import Settings
-from rmsprop_jax._states import is_ours, rms_states
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, array_of, is_ours, named_leaves, rms_states
 from rmsprop_jax.diagnostics._figures import FIGURES, Measurement, figures
+from rmsprop_jax.rows._gradient import is_gradient, is_row_gradient
 
 
 def measure(

@@ -9,11 +9,9 @@ import numpy as np
 import optax
 
 from rmsprop_jax import _checks
-from rmsprop_jax._dtypes import ordered_after
-from rmsprop_jax._leaves import array_of
 from rmsprop_jax._rule import Settings
-from rmsprop_jax._states import refusal, rms_states
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, array_of, refusal, rms_states
+from rmsprop_jax._xla import ordered_after
 from rmsprop_jax.diagnostics._figures import FIGURES, Measurement, varying_axes
 from rmsprop_jax.diagnostics._measure import columns_of, names_of, settings_from, stacked
 

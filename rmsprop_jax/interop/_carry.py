@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree
 from rmsprop_jax.interop._arrays import whole_number
 from rmsprop_jax.interop._moments import count_reasons, filled, moments, shapes_of
 from rmsprop_jax.interop._names import Key, Names, Theirs, by_paths, matched, paths, raise_if

@@ -14,16 +14,15 @@ import optax
 
 from rmsprop_jax import accumulators
 from rmsprop_jax._dtypes import dtype_of
-from rmsprop_jax._leaves import leaf_name, named_leaves
-from rmsprop_jax._states import (
+from rmsprop_jax._tree import (
+    Tree,
     is_ours,
     is_rms_state,
-    is_stored,
+    leaf_name,
+    named_leaves,
     raw_moment,
     variance,
-    with_whole_leaves,
 )
-from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import as_numpy, cast, placed
 from rmsprop_jax.interop._names import Key
 
@@ -31,10 +30,10 @@ from rmsprop_jax.interop._names import Key
 def shapes_of(state: Tree) -> dict[Key, tuple[int, ...]]:
     """The shape of each moment and momentum buffer in a state."""
     return {
-        (what, name): leaf.shape if is_stored(leaf) else jnp.shape(leaf)
+        (what, name): jnp.shape(leaf)
         for node in _nodes(state)
         for what, tree in _trees(node).items()
-        for name, leaf in named_leaves(tree, is_stored).items()
+        for name, leaf in named_leaves(tree).items()
     }
 
 
@@ -49,7 +48,7 @@ def moments(state: Tree) -> tuple[dict[Key, np.ndarray], int | None]:
         raise ValueError("The state has no RMSProp in it.")
     arrays = {}
     for node in nodes:
-        read = {what: named_leaves(tree, is_stored) for what, tree in _trees(node).items()}
+        read = {what: named_leaves(tree) for what, tree in _trees(node).items()}
         if is_ours(node):
             read["E[g^2]"] = _raw(node, read)
         arrays.update({(what, name): as_numpy(x) for what, xs in read.items() for name, x in xs.items()})
@@ -83,7 +82,6 @@ def filled(state: Tree, arrays: Mapping[Key, np.ndarray], count: int) -> Tree:
             return node._replace(trace=tree_of("b", node.trace))
         if not is_rms_state(node):
             return node
-        node = with_whole_leaves(node) if is_ours(node) else node
         nu = _stored(node, arrays, count) if is_ours(node) else tree_of("E[g^2]", node.nu)
         mu = {} if getattr(node, "mu", None) is None else {"mu": tree_of("E[g]", node.mu)}
         return node._replace(nu=nu, **mu)
@@ -97,44 +95,26 @@ def filled(state: Tree, arrays: Mapping[Key, np.ndarray], count: int) -> Tree:
 def _raw(node, read):
     """E[g^2] by leaf, of a state whose leaves are `read`."""
     raw = {}
-    for name, stored in read["E[g^2]"].items():
-        accumulator = _accumulator(node, name, stored)
-        if not isinstance(accumulator, accumulators.Float32):  # whose numbers stay NumPy's, if they are
-            stored = jax.tree.map(jnp.asarray, stored)
-        nu = as_numpy(accumulator.read(stored))
+    for name, nu in read["E[g^2]"].items():
+        nu = as_numpy(nu)
         raw[name] = nu if node.mu is None else cast(raw_moment(nu, _double(read["E[g]"][name])), nu.dtype)
     return raw
 
 
 def _stored(node, arrays, count):
     """`nu` as the state stores it."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(node.nu, is_leaf=is_stored)
-    new = []
-    for leaf, (path, old) in enumerate(leaves):
+
+    def numbers(path, old):
         name = leaf_name(path)
         if ("E[g^2]", name) not in arrays:
-            new.append(old)
-            continue
-        nu, accumulator = arrays["E[g^2]", name], _accumulator(node, name, old)
+            return None
+        nu = arrays["E[g^2]", name]
         if node.mu is not None:
             nu = variance(nu, _double(arrays["E[g]", name]))
-        dtype = dtype_of(old) if dtype_of(old) == np.float64 else np.dtype(np.float32)
-        nu = accumulator.store(cast(nu, dtype), accumulators.thresholds_of(leaf, count))
-        new.append(jax.tree.map(placed, nu, old))
-    return jax.tree.unflatten(treedef, new)
+        return cast(nu, dtype_of(old) if dtype_of(old) == np.float64 else np.dtype(np.float32))
 
-
-def _accumulator(node, name, stored):
-    """What stores a leaf of `nu`."""
-    if node.accumulator is not None:
-        return node.accumulator
-    try:
-        return accumulators.reader(stored)
-    except ValueError:
-        raise ValueError(
-            f"The nu of {name!r} is stored as {accumulators.kind_of(stored)}, and its state does not say by "
-            "which accumulator: accumulators.convert(state, 'float32', source=...) decodes it."
-        ) from None
+    tree = jax.tree_util.tree_map_with_path(numbers, accumulators.decoded(node))
+    return jax.tree.map(placed, accumulators.with_numbers(node, tree, count).nu, node.nu)
 
 
 def _double(x):
@@ -148,13 +128,14 @@ def _double(x):
 
 def _trees(node):
     if is_rms_state(node):
-        return {"E[g^2]": node.nu, "E[g]": getattr(node, "mu", None)}
+        nu = accumulators.decoded(node) if is_ours(node) else node.nu
+        return {"E[g^2]": nu, "E[g]": getattr(node, "mu", None)}
     return {"b": node.trace} if isinstance(node, optax.TraceState) else {}
 
 
 def _nodes(state: Tree) -> Iterator[Any]:
     for node in jax.tree.leaves(state, is_leaf=_is_node):
-        yield with_whole_leaves(node) if is_ours(node) else node
+        yield node
         if _is_counter(node):
             yield from _nodes(_uncounted(node))
         if is_multi_steps(node):
@@ -188,9 +169,7 @@ def count_reasons(state: Tree) -> Iterator[str]:
     for node in _nodes(state):
         if _is_counter(node):
             yield "a schedule's or another count"
-        elif is_ours(node) and any(
-            _accumulator(node, *x).rounds for x in named_leaves(node.nu, is_stored).items()
-        ):
+        elif is_ours(node) and accumulators.stored_by(node).rounds:
             yield "the accumulator's rounding"
         elif isinstance(node, optax.TraceState) and any(
             dtype_of(x).itemsize < 4 for x in jax.tree.leaves(node.trace)

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmsprop_jax._leaves import named_leaves
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, named_leaves
 from rmsprop_jax.interop._arrays import as_numpy
 from rmsprop_jax.interop._report import Report
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree
 from rmsprop_jax.interop._arrays import placed
 from rmsprop_jax.interop._carry import count_for
 from rmsprop_jax.interop._moments import filled, is_multi_steps, moments, shapes_of
@@ -49,7 +49,7 @@ def from_optax(
       >>> _, state = theirs.update(jnp.array([2.0, 4.0]), theirs.init(jnp.zeros(2)))
       >>> ours = rmsprop(0.1, decay=0.75, accumulator="bfloat16")
       >>> print(interop.from_optax(state, ours.init(jnp.zeros(2)), count=1)[0])
-      ScaleByRmsState(count=Array(1, dtype=int32), nu=Array([1, 4], dtype=bfloat16), mu=None)
+      ScaleByRmsState(count=Array(1, dtype=int32), nu={'bfloat16': Array([1, 4], dtype=bfloat16)}, mu=None)
     """
     arrays, counted = moments(optax_state)
     found = count_for(state, count, counted, always=False)

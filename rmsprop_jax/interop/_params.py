@@ -4,8 +4,7 @@ from collections.abc import Mapping
 
 import jax
 
-from rmsprop_jax._leaves import leaf_name
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, leaf_name
 from rmsprop_jax.interop._arrays import placed
 from rmsprop_jax.interop._files import Tensors, load
 from rmsprop_jax.interop._names import Names, Theirs, finder, is_array, matched, paths

@@ -10,8 +10,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax import conventions
-from rmsprop_jax._leaves import leaf_name
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, leaf_name
 from rmsprop_jax.interop._checkpoints import entries_of, stepped
 from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
 from rmsprop_jax.interop._keras import from_keras

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree
 from rmsprop_jax.interop._carry import buffer_factor, carried, count_for, named
 from rmsprop_jax.interop._checkpoints import Entry, entries_of, stepped
 from rmsprop_jax.interop._files import Tensors, load
