@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rmsprop_jax._dtypes import abs_sq, real, times, wide
-from rmsprop_jax._rule import Settings
 from rmsprop_jax._tree import variance
 
 Array: TypeAlias = jax.Array | np.ndarray
@@ -146,17 +145,7 @@ def figures_of_layer(g, u, p, nu, mu, step, settings, *, ours, axes):
 
 
 @partial(jax.jit, static_argnames=("ours", "per_device_axes"))
-def figures(
-    g: jax.Array,
-    u: jax.Array,
-    p: jax.Array,
-    nu: jax.Array,
-    mu: jax.Array | None,
-    step: jax.Array,
-    settings: Settings,
-    ours: bool,
-    per_device_axes: frozenset = frozenset(),
-) -> jax.Array:
+def figures(g, u, p, nu, mu, step, settings, ours, per_device_axes=frozenset()):
     """A layer's column of the table: float32 of shape (figures,).
 
     Args: the gradient, the update, the parameter before it, the accumulators after it (nu as numbers, mu None

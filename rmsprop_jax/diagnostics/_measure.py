@@ -1,6 +1,6 @@
 """Which layers an optimizer's state has, and their figures in one update: `measure`."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +64,7 @@ def measure(
 
 
 def settings_from(tx: Any, settings: Settings | None, remedy: str) -> Settings:
-    """The optimizer's own settings, or those that are given for one that has none.
-
-    Raises:
-      ValueError: if there are none, or both.
-    """
+    """The optimizer's own settings, or those that are given for one that has none."""
     own = getattr(tx, "settings", None)
     if own is not None and settings is not None:
         raise ValueError(
@@ -83,27 +79,17 @@ def settings_from(tx: Any, settings: Settings | None, remedy: str) -> Settings:
     return found
 
 
-class Layer(NamedTuple):
-    """A layer's accumulators: nu and mu (None where not centred), whose they are, and the updates so far."""
+def layers_of(state: Tree, decoded: Any = accumulators.decoded) -> dict[str, tuple]:
+    """nu, mu (None where not centred), whether they are ours, and the updates so far, of each layer.
 
-    nu: Any
-    mu: Any
-    ours: bool
-    count: Any
-
-
-def layers_of(state: Tree, decoded: Any = accumulators.decoded) -> dict[str, Layer]:
-    """The accumulators in a state, by layer, but for those of layers without elements.
-
-    Raises:
-      ValueError: if there is no state of RMSProp, or two accumulators of one name.
+    Layers without elements are left out.
     """
     nodes = list(rms_states(state))
     if not nodes:
         raise ValueError(
             "Invalid state: it has no accumulator of RMSProp in it. Of Flax NNX, pass optimizer.opt_state."
         )
-    found: dict[str, Layer] = {}
+    found: dict[str, tuple] = {}
     for node in nodes:
         mu = named_leaves(getattr(node, "mu", None))
         count = array_of(node.count) if "count" in node._fields else None
@@ -111,7 +97,7 @@ def layers_of(state: Tree, decoded: Any = accumulators.decoded) -> dict[str, Lay
             if name in found:
                 raise ValueError(f"Invalid state: it has two accumulators for layer {name!r}.")
             if 0 not in nu.shape:
-                found[name] = Layer(nu, mu.get(name), is_ours(node), count)
+                found[name] = (nu, mu.get(name), is_ours(node), count)
     return found
 
 
@@ -125,21 +111,11 @@ def names_of(state: Tree, members: tuple[int, ...] = ()) -> tuple[str, ...]:
     return tuple(layers_of(state, decoded))
 
 
-def columns_of(
-    grads: Any,
-    state: Tree,
-    updates: Any,
-    params: Any,
-    settings: Settings,
-    count: jax.typing.ArrayLike | None,
-    per_device_axes: frozenset = frozenset(),
-) -> tuple[jax.Array, dict[str, jax.Array | None]]:
+def columns_of(grads, state, updates, params, settings, count, per_device_axes=frozenset()):
     """The step, and the figures of each layer that has an accumulator, None where it has no gradient."""
-    trees = {
-        name: named_leaves(tree, is_gradient)
-        for name, tree in (("grads", grads), ("updates", updates), ("params", params))
-    }
-    columns: dict[str, jax.Array | None] = {}
+    arguments = {"grads": grads, "updates": updates, "params": params}
+    trees = {name: named_leaves(tree, is_gradient) for name, tree in arguments.items()}
+    columns: dict[str, Any] = {}
     step = count
     for name, (nu, mu, ours, counted) in layers_of(state).items():
         step = counted if count is None else count

@@ -17,9 +17,9 @@ _PANELS = (
     ("effective_rate", "Effective learning rate, median\nwhat gradients are multiplied by", "viridis", None),
     (
         "update_ratio",
-        "Update / parameter\nblue: hardly moves; red: replaced each step",
+        "Update / parameter\nblue: hardly moves; red: replaced each time",
         "RdYlBu_r",
-        (1e-5, 1.0),
+        (1e-5, 1),
     ),
     ("staleness", "Accumulator / gradient\nred: steps made for larger gradients", "RdBu_r", (1e-2, 1e2)),
 )

@@ -128,11 +128,7 @@ class Run(NamedTuple):
 
 
 def on_host(history: Any) -> Any:
-    """A Measurement of NumPy arrays in float64, with a leading axis of time, of one or of a list of them.
-
-    Raises:
-      ValueError: for a history of several runs, made under `jax.vmap`.
-    """
+    """A Measurement of NumPy arrays in float64, with a leading axis of time, of one or of a list of them."""
     if not isinstance(history, Measurement):
         if not history:
             return Measurement(np.zeros(0, np.int32), (), np.zeros((0, len(FIGURES), 0)))

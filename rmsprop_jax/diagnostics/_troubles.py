@@ -1,13 +1,12 @@
-"""The troubles that `advise` knows, and their thresholds.
+"""What goes wrong in a run and what to try: `advise`, the troubles that it knows, and their thresholds."""
 
-A trouble is a function from a :class:`Run` to a :class:`Finding`, or None where the run does not have it.
-"""
-
-from collections.abc import Callable
-from typing import TypeAlias
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from rmsprop_jax.diagnostics._figures import Measurement
 from rmsprop_jax.diagnostics._run import ENOUGH, Finding, Run
 
 Trouble: TypeAlias = Callable[[Run], Finding | None]
@@ -47,10 +46,7 @@ DIVERGENCE = ("the loss explodes", "unstable start")
 
 
 def the_loss_explodes(run: Run) -> Finding | None:
-    """The learning rate is too large for normalised steps.
-
-    The loss is at least twice its first value, and the learning rate at least half of the layers' rms.
-    """
+    """The loss doubles or worse, at a learning rate of at least half of the layers' rms."""
     if run.is_short or (high := _high(run)) is None:
         return None
     # Of the layers that do not start from zero: the learning rate and the first step over their rms.
@@ -71,10 +67,7 @@ def the_loss_explodes(run: Run) -> Finding | None:
 
 
 def unstable_start(run: Run) -> Finding | None:
-    """Only the first steps are too large, up to 1 / sqrt(1 - decay) times the learning rate.
-
-    The loss doubles before the accumulator is warm, and the first step is at least half of the layers' rms.
-    """
+    """The loss doubles before the accumulator is warm; the first step is at least half of the layers' rms."""
     if run.is_short or run.has("the loss explodes") or (high := _high(run)) is None:
         return None
     first = run.median_layer(run.update_ratio)[0]
@@ -153,10 +146,10 @@ def steps_too_small(run: Run) -> Finding | None:
         return None
     sized = np.isfinite(moved)
     size = np.nanmedian(run.update_rms[:, sized] / run.update_ratio[:, sized])
-    way = {"way of the parameters over their size": np.nanmedian(moved)}
+    figures = {"learning rate": rate, "way of the parameters over their size": np.nanmedian(moved)}
     return run.finding(
         "steps too small",
-        {"learning rate": rate, **way, "loss": _late(run.losses)},
+        figures | {"loss": _late(run.losses)},
         f"in {run.step[-1]:,} steps the parameters could hardly move.",
         f"a larger learning rate: {size * USUAL_STEP / 10:.1g} to {size * USUAL_STEP:.1g} is usual for "
         "parameters of this size.",
@@ -220,6 +213,55 @@ def non_finite_gradients(run: Run) -> Finding | None:
     )
 
 
+TROUBLES: tuple[Trouble, ...] = (
+    *(the_loss_explodes, unstable_start, stale_accumulator, eps_dominates, steps_too_small),
+    *(dead_layer, accumulator_rounded_away, non_finite_gradients),
+)
+"""What `advise` looks for, gravest first."""
+
+
+def advise(
+    history: Measurement | Sequence[Measurement], losses: Any = None, troubles: Sequence[Trouble] = TROUBLES
+) -> list[Finding]:
+    """What goes wrong in a run and what to try; nothing where the run is in order.
+
+    Three of the troubles show in the history alone: a dead layer, an accumulator that is rounded away, and
+    gradients that are not finite. The others show only beside the losses: a run that gets where it should
+    is in order. The thresholds, with their reasons, are the constants in capitals of `_troubles.py`.
+
+    Args:
+      history: of :func:`history`, of `jax.lax.scan`, or a list of measurements.
+      losses: one for each update, from the first on, or one for each measurement. Where some are negative,
+        as in reinforcement learning, they cannot be compared by ratio, and nothing is concluded from them.
+      troubles: what to look for, gravest first: functions from a :class:`Run` to a :class:`Finding` or None.
+
+    Returns:
+      The findings, gravest first; none before the first measurement.
+
+    Raises:
+      ValueError: if the losses are too few for the history, and for a history of several runs.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax import diagnostics
+      >>> def loud_layer(run):
+      ...     rms = np.nanmedian(run.gradient_rms, axis=0)
+      ...     if run.has("the loss explodes") or not np.any(rms > 1e6):
+      ...         return None
+      ...     cause, remedy = "gradients are huge.", "optax.clip_by_global_norm before the optimizer."
+      ...     return run.finding("loud layer", {"rms": rms.max()}, cause, remedy, layers=rms > 1e6)
+      >>> diagnostics.advise([], troubles=[*diagnostics.TROUBLES, loud_layer])
+      []
+    """
+    run = Run.of(history, losses)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of medians where there is no number
+        for trouble in troubles if run.names and len(run.step) else ():
+            if (finding := trouble(run)) is not None:
+                run.findings.append(finding)
+    return run.findings
+
+
 def _high(run):
     """The steps at which the loss has risen, None where it has not."""
     if run.losses is None:
@@ -234,9 +276,8 @@ def _course(losses):
 
 
 def _has_stalled(run):
-    if run.losses is None or run.step[-1] < 2 * run.memory:
-        return False
-    return 1 - _late(run.losses) / _early(run.losses) < STALLED
+    is_long = run.losses is not None and run.step[-1] >= 2 * run.memory
+    return is_long and 1 - _late(run.losses) / _early(run.losses) < STALLED
 
 
 def _moved(run):
