@@ -170,7 +170,7 @@ def history_of(steps=20, **figures):
     for name, values in figures.items():
         table[:, FIGURES.index(name), 1] = values
     step = np.arange(1, steps + 1)
-    table[:, FIGURES.index("bias_correction_factor")] = (1 - 0.9**step)[:, None]
+    table[:, FIGURES.index("bias_correction_factor")] = (1 - 0.8**step)[:, None]
     return diagnostics.Measurement(step, ("first", "second"), table)
 
 
@@ -200,15 +200,11 @@ def test_a_trouble_is_found_in_its_layer(figures, trouble, steps):
 
 
 def test_what_a_divergence_brings_about_is_not_reported():
-    losses = np.geomspace(1, 100, 20)
-    figures = {"update_ratio": 1.0, "nonfinite_share": 1.0}
-    (found,) = diagnostics.advise(history_of(**figures), losses)
-    assert found.trouble == "non-finite gradients"  # the first layer's steps are small
-    table = history_of()
-    table.table[:, FIGURES.index("update_ratio")] = 1.0
-    table.table[:, FIGURES.index("nonfinite_share"), 1] = 1.0
-    (found,) = diagnostics.advise(table, losses)
+    history = history_of(update_ratio=1.0, nonfinite_share=1.0)
+    (found,) = diagnostics.advise(history, np.geomspace(1, 100, 20))
     assert (found.trouble, found.layers) == ("the loss explodes", ())
+    (found,) = diagnostics.advise(history)
+    assert found.trouble == "non-finite gradients"
 
 
 def test_losses_have_to_fit_the_history():
@@ -224,7 +220,7 @@ def test_a_trouble_of_ones_own():
         assert run.has("dead layer")
         assert not run.is_short
         assert run.names == ("first", "second")
-        assert run.memory == pytest.approx(10)
+        assert run.memory == pytest.approx(5)
         return run.finding("small bias", {"rms": run.gradient_rms[-1, 1]}, "...", "more.", steps=(3, 4))
 
     dead, own = diagnostics.advise(history_of(gradient_rms=0.0), troubles=[*diagnostics.TROUBLES, small_bias])
