@@ -149,14 +149,13 @@ def _recorded(state, row, due, seen):
     steps = state.steps.at[place].set(seen, mode="drop")
     stored = state.stored + due.astype(jnp.int32)
     full = stored == capacity
-    table, steps = jax.lax.cond(full, _thinned, lambda x: x, (table, steps))
+
+    def every_other(arrays):
+        return jax.tree.map(lambda x: jnp.concatenate([x[::2], jnp.zeros_like(x[::2])]), arrays)
+
+    table, steps = jax.lax.cond(full, every_other, lambda x: x, (table, steps))
     every = jnp.where(full, 2 * state.every, state.every)
     return every, jnp.where(full, capacity // 2, stored), steps, table
-
-
-def _thinned(arrays):
-    """Every other row, and then zeros."""
-    return jax.tree.map(lambda x: jnp.concatenate([x[::2], jnp.zeros_like(x[::2])]), arrays)
 
 
 def history(state: Tree, member: int | tuple[int, ...] | None = None) -> Measurement:
