@@ -16,6 +16,7 @@ import optax
 import pytest
 from jax import export
 
+import rmsprop_jax
 from rmsprop_jax import Settings, diagnostics, rmsprop
 from rmsprop_jax.diagnostics._figures import FIGURES
 
@@ -147,17 +148,19 @@ def three_steps(tx):
 SAMPLED = ("learning_rate", "effective_rate", "effective_rate_spread", "eps_share", "stuck_share")
 
 
+@pytest.mark.slow  # tests/test_export.py has a quick one
 @pytest.mark.parametrize(
     ("form", "shapes"),
     [
         ("plain", {"w": "b, 20", "c": "b"}),
-        pytest.param("centered", {"w": "8, b, 2*c", "c": ""}, marks=pytest.mark.slow),
-        pytest.param("uint8", {"w": "b", "c": "3"}, marks=pytest.mark.slow),
+        ("centered", {"w": "8, b, 2*c", "c": ""}),
+        ("uint8", {"w": "b", "c": "3"}),
     ],
 )
 def test_export_with_symbolic_shapes(form, shapes, strict):
     """The figures are those of concrete shapes; of large layers other elements are sampled."""
     run = three_steps(diagnostics.watch(rmsprop(0.01, **FORMS[form]), every=1, capacity=4))
+    rmsprop_jax.export.register_optax_states()
     scope = export.SymbolicScope()
     symbolic = {name: export.symbolic_shape(shape, scope=scope) for name, shape in shapes.items()}
     structs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in symbolic.items()}

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from rmsprop_jax import Settings, accumulators, diagnostics, rmsprop, rows
+from rmsprop_jax import Settings, accumulators, diagnostics, rmsprop, rows, scale_by_rms
 from rmsprop_jax.diagnostics._figures import FIGURES
 
 DECAY, EPS = 0.9, 1e-2
@@ -218,9 +218,10 @@ def test_a_measurement_is_one_table():
 
 def test_a_measurement_is_exported():
     pytest.importorskip("flatbuffers", reason="jax.export writes with it")
-    measured = jax.jit(partial(diagnostics.measure, tx=TX))
-    exported = jax.export.deserialize(jax.export.export(measured)(*stepped()).serialize())
-    chex.assert_trees_all_close(exported.call(*stepped()), measured(*stepped()), rtol=1e-5)
+    tx = scale_by_rms()
+    measure, arguments = jax.jit(partial(diagnostics.measure, tx=tx)), stepped(tx)
+    exported = jax.export.deserialize(jax.export.export(measure)(*arguments).serialize())
+    chex.assert_trees_all_close(exported.call(*arguments), measure(*arguments), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_settings_that_arrive_as_arrays():
         return tx.update(PARAMS, state, PARAMS)[1]
 
     state = step(state)
-    state.hyperparams |= {"decay": jnp.float32(0.5), "learning_rate": jnp.float32(0.02)}
+    state.hyperparams.update(decay=jnp.float32(0.5), learning_rate=jnp.float32(0.02))
     history = diagnostics.history(step(state))
     np.testing.assert_allclose(history.learning_rate["dense/kernel"], [0.01, 0.02], rtol=1e-5)
     np.testing.assert_allclose(history.bias_correction_factor["dense/kernel"], [0.01, 0.75], rtol=1e-5)
