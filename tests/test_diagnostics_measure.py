@@ -1,5 +1,6 @@
 """`measure` against NumPy's formulas."""
 
+import re
 from functools import partial
 
 import chex
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 from rmsprop_jax import Settings, accumulators, diagnostics, rmsprop, rows, scale_by_rms
-from rmsprop_jax.diagnostics._figures import FIGURES
+from rmsprop_jax.diagnostics._figures import FIGURES, _sample
 
 DECAY, EPS = 0.9, 1e-2
 
@@ -140,6 +141,15 @@ def test_a_large_layer_is_sampled():
     assert measured.effective_rate["w"] == pytest.approx(expected, rel=0.2)
     of_all = np.sqrt(np.mean(np.square(np.asarray(grads["w"], np.float64))))
     assert measured.gradient_rms["w"] == pytest.approx(of_all, rel=1e-5)
+
+
+def test_no_slice_has_two_strides():
+    """XLA on TPU holds all that such a one spans in fast memory, and does not compile it of a large matrix."""
+    for shape in [(50257, 768), (4096, 4096), (3, 3, 512, 512)]:
+        text = jax.jit(_sample).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).as_text()
+        slices = [axes.split(", ") for axes in re.findall(r"stablehlo\.slice %\S+ \[(.*?)\]", text)]
+        strided = [sum(axis.count(":") == 2 for axis in axes) for axes in slices]
+        assert max(strided) == 1
 
 
 def test_numbers_at_the_ends_of_the_range():
