@@ -144,7 +144,7 @@ def test_a_large_layer_is_sampled():
 
 
 def test_no_slice_has_two_strides():
-    """XLA on TPU holds all that such a one spans in fast memory, and does not compile it of a large matrix."""
+    """XLA on TPU holds all that such a one spans in fast memory: of a large matrix it does not compile."""
     for shape in [(50257, 768), (4096, 4096), (3, 3, 512, 512)]:
         text = jax.jit(_sample).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).as_text()
         slices = [axes.split(", ") for axes in re.findall(r"stablehlo\.slice %\S+ \[(.*?)\]", text)]
