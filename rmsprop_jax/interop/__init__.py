@@ -37,8 +37,11 @@ what the other framework's says of itself.
 **Out of a file.** In place of a dictionary every function takes the path of a file: `.safetensors`; PyTorch's
 `.pt`, `.pth`, `.ckpt` and `.bin`, by ``torch.load(weights_only=True)``, where PyTorch is installed; Keras's
 `.keras` and `.h5`, where h5py is. Nothing in a file is unpickled or executed.
+
+**From an older version.** :func:`upgrade` takes states that older versions of this package saved.
 """
 
+import rmsprop_jax.interop._pickled  # noqa: F401  # where pickle.load finds the classes of older versions
 from rmsprop_jax.interop._files import Tensors
 from rmsprop_jax.interop._keras import from_keras, to_keras
 from rmsprop_jax.interop._names import Names, paths
@@ -47,6 +50,7 @@ from rmsprop_jax.interop._params import params_from
 from rmsprop_jax.interop._report import Report
 from rmsprop_jax.interop._resume import resume_keras, resume_torch
 from rmsprop_jax.interop._torch import from_torch, to_torch
+from rmsprop_jax.interop._upgrade import upgrade
 
 __all__ = [
     "Names",
@@ -62,4 +66,5 @@ __all__ = [
     "to_keras",
     "to_optax",
     "to_torch",
+    "upgrade",
 ]
