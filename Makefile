@@ -26,7 +26,7 @@ CUDA ?= cuda12
 WHEEL = $(VENV)-wheel
 ACCELERATORS = $(VENV)-accelerators
 LOWEST = $(VENV)-lowest
-LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_output.py tests/test_example*.py)
+LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_watch.py tests/test_example*.py)
 
 .PHONY: train test test-all check docs package types lowest peers accelerators gpu format clean
 

@@ -1,4 +1,4 @@
-"""What all tests and doctests share: compiled programs kept on disk and not in memory; troubles put back."""
+"""What all tests and doctests share: compiled programs kept on disk and not in memory."""
 
 import gc
 import os
@@ -42,14 +42,3 @@ def pytest_runtest_teardown(item, nextitem):
         jax.clear_caches()
         gc.collect()
     return result
-
-
-@pytest.fixture(autouse=True)
-def _no_new_troubles():
-    """Every test leaves the register of troubles as it was, the doctest of `diagnostics.trouble` too."""
-    from rmsprop_jax.diagnostics._finding import TROUBLES
-
-    before = dict(TROUBLES)
-    yield
-    TROUBLES.clear()
-    TROUBLES.update(before)

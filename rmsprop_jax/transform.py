@@ -94,15 +94,8 @@ def scale_by_rms(
       Graves, `Generating Sequences With Recurrent Neural Networks
       <https://arxiv.org/abs/1308.0850>`_, 2013
     """
-    stored_by = accumulators.resolve(accumulator)
-    settings = Settings(
-        decay=_checks.decay("decay", decay),
-        eps=_checks.precise_number("eps", eps),
-        eps_in_sqrt=_checks.flag("eps_in_sqrt", eps_in_sqrt),
-        bias_correction=_checks.flag("bias_correction", bias_correction),
-        centered=_checks.flag("centered", centered),
-        accumulator=stored_by,
-    )
+    settings = Settings(decay, eps, eps_in_sqrt, bias_correction, centered, accumulator)
+    stored_by = settings.accumulator
     accumulators.check_centered(stored_by, settings.centered)
     initial_scale = _checks.precise_number("initial_scale", initial_scale)
     if bias_correction and isinstance(initial_scale, float) and initial_scale != 0:
