@@ -24,7 +24,7 @@ def as_numpy(x: Any) -> np.ndarray:
         x = np.asarray(x)
         return x if x.dtype.kind in "fc" and x.dtype.itemsize >= 4 else x.astype(np.float32)
     except (TypeError, ValueError):
-        raise ValueError(f"{type(x).__name__}, which is no array of numbers") from None
+        raise ValueError(f"of type {type(x).__name__}, which is no array of numbers") from None
 
 
 def whole_number(x: Any, name: str) -> int:

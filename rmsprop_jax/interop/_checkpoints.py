@@ -11,7 +11,10 @@ The second and third are those of `torch.distributed.checkpoint` and FSDP. Light
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rmsprop_jax.interop._arrays import whole_number
+from rmsprop_jax.interop._names import bare
 
 _NESTS = ("optimizer_states", "optimizer", "optimizer_state_dict")
 _OTHERS = {
@@ -39,7 +42,16 @@ class Entry(NamedTuple):
     key: Any
 
 
-def entries_of(checkpoint: Any, order: Sequence[str] | None = None) -> dict[str, Entry]:
+Order = Sequence[str] | Sequence[Sequence[str]]
+
+ADVICE = (
+    "pass order=, the names of the parameters in the optimizer's order, which is group after group: "
+    "names = {p: name for name, p in model.named_parameters()}; "
+    'order=[[names[p] for p in group["params"]] for group in optimizer.param_groups]'
+)
+
+
+def entries_of(checkpoint: Any, order: Order | None = None) -> dict[str, Entry]:
     """Each parameter of the optimizer's by its name.
 
     Raises:
@@ -53,15 +65,30 @@ def entries_of(checkpoint: Any, order: Sequence[str] | None = None) -> dict[str,
         raise ValueError("Invalid optimizer_state: its param_groups are no list of groups with 'params'.")
     if not (isinstance(states, Mapping) and all(isinstance(x, Mapping) for x in states.values())):
         raise ValueError("Invalid optimizer_state: its 'state' is no dictionary of dictionaries.")
-    places = [(key, number) for number, group in enumerate(groups) for key in group["params"]]
-    names = _names(places, groups, order)
     entries: dict[str, Entry] = {}
-    for name, (key, number) in zip(names, places, strict=True):
-        if name in entries:
-            raise ValueError(f"Invalid optimizer_state: it has two parameters named {name!r}.")
-        group = {k: v for k, v in groups[number].items() if k not in ("params", "param_names")}
-        entries[name] = Entry(states.get(key, {}), group, number, key)
+    for number, (group, names) in enumerate(zip(groups, _names(groups, order), strict=True)):
+        settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        for name, key in zip(names, group["params"], strict=True):
+            if name in entries:
+                raise ValueError(f"Invalid optimizer_state: it has two parameters named {name!r}.")
+            entries[name] = Entry(states.get(key, {}), settings, number, key)
     return entries
+
+
+def groups_in_doubt(checkpoint: Any, entries: Mapping[str, Entry], order: Order | None) -> tuple:
+    """The names by group, where `order` alone says so, and another could have been meant: `Report.groups`."""
+    groups = _unwrapped(checkpoint, "optimizer_state").get("param_groups", [])
+    if order is None or _is_by_group(order) or any(_own_names(group) for group in groups):
+        return ()
+    numbers: dict[tuple[int, ...], set[int]] = {}
+    for entry in entries.values():
+        if entry.state:
+            shape = getattr(entry.state.get("square_avg"), "shape", ())
+            numbers.setdefault(tuple(shape), set()).add(entry.number)
+    if all(len(of_shape) == 1 for of_shape in numbers.values()):
+        return ()
+    names = [[n for n, entry in entries.items() if entry.number == i] for i in range(len(groups))]
+    return tuple(map(tuple, names))
 
 
 def stepped(entries: Mapping[str, Entry]) -> int | None:
@@ -168,21 +195,49 @@ def _numbered(entries, order):
     """Entries by their names in `order`, where the flat form has numbers for names."""
     if order is None or not all(name.isdecimal() for name in entries):
         return entries
+    order = [name for group in order for name in group] if _is_by_group(order) else order
     if any(int(name) >= len(order) for name in entries):
         raise ValueError(f"order has {len(order)} names, PyTorch's optimizer a parameter {max(entries)}.")
     return {order[int(name)]: entry for name, entry in entries.items()}
 
 
-def _names(places, groups, order):
-    if places and all(isinstance(key, str) for key, _ in places):
-        return [key for key, _ in places]
-    if order is None and all("param_names" in group for group in groups):
-        order = [name for group in groups for name in group["param_names"]]
-    if order is None:
-        raise ValueError(
-            "PyTorch's state counts its parameters and does not name them: "
-            "pass order=[name for name, _ in model.named_parameters()]."
-        )
-    if len(places) != len(order):
-        raise ValueError(f"order has {len(order)} names, PyTorch's optimizer {len(places)} parameters.")
-    return order
+def _names(groups, order):
+    """The names of the parameters of each group."""
+    own = [_own_names(group) for group in groups]
+    if order is None or all(isinstance(key, str) for group in groups for key in group["params"]):
+        if None in own:
+            raise ValueError(f"PyTorch's state counts its parameters and does not name them: {ADVICE}.")
+        return own
+    names = _by_group(groups, order)
+    for number, (given, known) in enumerate(zip(names, own, strict=True)):
+        for ours, theirs in zip(given, known or given, strict=True):
+            if bare(ours) != bare(theirs):
+                raise ValueError(
+                    f"order has {ours!r} where group {number} of the checkpoint says {theirs!r}: "
+                    "leave order= out, the checkpoint has the names."
+                )
+    return names
+
+
+def _by_group(groups, order):
+    """`order` group after group."""
+    sizes = [len(group["params"]) for group in groups]
+    if _is_by_group(order):
+        if (given := [len(names) for names in order]) != sizes:
+            raise ValueError(f"order has groups of {given} names, PyTorch's optimizer of {sizes}.")
+        return order
+    if len(order) != sum(sizes):
+        raise ValueError(f"order has {len(order)} names, PyTorch's optimizer {sum(sizes)} parameters.")
+    rest = iter(order)
+    return [[next(rest) for _ in range(size)] for size in sizes]
+
+
+def _is_by_group(order):
+    return any(not isinstance(name, str) for name in order)
+
+
+def _own_names(group):
+    """The names that a group has for its parameters, None if it has none."""
+    if all(isinstance(key, str) for key in group["params"]):
+        return group["params"]
+    return group.get("param_names")

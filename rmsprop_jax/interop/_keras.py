@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 
 from rmsprop_jax._types import Tree
-from rmsprop_jax.interop._arrays import whole_number
-from rmsprop_jax.interop._carry import buffer_factor, carried, count_for, named
+from rmsprop_jax.interop._carry import carry, outward, raise_if
 from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
-from rmsprop_jax.interop._names import Names, Theirs, raise_if
+from rmsprop_jax.interop._names import Names
 from rmsprop_jax.interop._report import Reporter
-from rmsprop_jax.interop._variables import LABELS, Variables, rmsprop_config, variables_of
+from rmsprop_jax.interop._variables import KerasSource, rmsprop_config
 
 
 def from_keras(
@@ -68,11 +67,8 @@ def from_keras(
     """
     if is_keras_file(variables) and config is None:
         config = keras_config(variables)  # type: ignore[arg-type]
-    arrays = load(variables)
-    own = variables_of(arrays, order, rmsprop_config(config))
-    theirs = _theirs(arrays, own, learning_rate, lr_in_momentum)
-    found = None if own.iteration is None else whole_number(arrays[own.iteration], "iteration")
-    return carried(state, params, names, theirs, count_for(state, count, found), strict, report)
+    source = KerasSource(load(variables), order, rmsprop_config(config), learning_rate, lr_in_momentum)
+    return carry(state, params, names, source, count=count, strict=strict, report=report)
 
 
 def to_keras(
@@ -111,34 +107,17 @@ def to_keras(
       >>> print(interop.to_keras(state, theirs, params, {"dense/bias": "bias"}))
       {'rmsprop/iteration': array(1), 'rmsprop/dense_bias_velocity': array([1., 4.], dtype=float32)}
     """
-    own = variables_of(variables)
-    theirs = _theirs(variables, own, learning_rate, lr_in_momentum)
-    arrays, count = named(state, params, names, theirs)
-    new = {**variables, **({own.iteration: np.asarray(count)} if own.iteration else {})}
+    source = KerasSource(variables, rate=learning_rate, lr_in_momentum=lr_in_momentum)
+    arrays, count = outward(state, params, names, source)
+    new = {**variables, **({source.iteration: np.asarray(count)} if source.iteration else {})}
     problems = []
-    for (what, name), array in arrays.items():
-        if what == "b":
-            array = array / theirs.factor(name)
-        key = own.places.get((name, what))
-        if key is None or np.shape(variables[key]) != array.shape:
-            problems.append(f"{name!r} has no {LABELS[what]} of shape {array.shape}.")
-        else:
-            new[key] = array
+    for name, moments in arrays.items():
+        for label, key, array in zip(source.labels, source.names[name], moments, strict=True):
+            if array is None:
+                continue
+            if key is None or np.shape(variables[key]) != array.shape:
+                problems.append(f"{name!r} has no {label} of shape {array.shape}.")
+            else:
+                new[key] = array
     raise_if(problems)
     return new
-
-
-def _theirs(arrays: Mapping[str, Any], own: Variables, learning_rate: Any, ours_has_it: bool) -> Theirs:
-    """What is in the variables, their momentum buffers as ours."""
-
-    def lookup(name, what):
-        key = own.places.get((name, what))
-        return None if key is None else arrays[key]
-
-    def factor(name):
-        rate = learning_rate
-        if rate is None and own.learning_rate is not None:
-            rate = arrays[own.learning_rate]
-        return buffer_factor(True, ours_has_it, rate)
-
-    return Theirs(own.known, LABELS, lookup, own.find, factor)

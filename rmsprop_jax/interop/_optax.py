@@ -5,12 +5,9 @@ import numpy as np
 
 from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import placed
-from rmsprop_jax.interop._carry import count_for
-from rmsprop_jax.interop._moments import filled, is_multi_steps, moments, shapes_of
-from rmsprop_jax.interop._names import Theirs, matched
-from rmsprop_jax.interop._report import Reporter, tell
-
-_LABELS = {"E[g^2]": "nu", "E[g]": "mu", "b": "trace"}
+from rmsprop_jax.interop._carry import Source, carry
+from rmsprop_jax.interop._moments import Moments, is_multi_steps, moments_of
+from rmsprop_jax.interop._report import Reporter
 
 
 def from_optax(
@@ -51,9 +48,8 @@ def from_optax(
       >>> print(interop.from_optax(state, ours.init(jnp.zeros(2)), count=1)[0])
       ScaleByRmsState(count=Array(1, dtype=int32), nu=Array([1, 4], dtype=bfloat16), mu=None)
     """
-    arrays, counted = moments(optax_state)
-    found = count_for(state, count, counted, always=False)
-    return _carried_over(state, optax_state, arrays, found, strict, report)
+    state = _accumulated(state, optax_state)
+    return carry(state, None, None, OptaxSource(optax_state), count=count, strict=strict, report=report)
 
 
 def to_optax(state: Tree, optax_state: Tree) -> Tree:
@@ -78,25 +74,25 @@ def to_optax(state: Tree, optax_state: Tree) -> Tree:
       >>> print(state.nu, theirs.nu, state.mu)  # the variance, the raw moment, the mean
       [0.75 3.  ] [1. 4.] [0.5 1. ]
     """
-    arrays, count = moments(state)
-    return _carried_over(optax_state, state, arrays, count or 0)
+    source = OptaxSource(state)
+    return carry(_accumulated(optax_state, state), None, None, source, count=source.count or 0)
 
 
-def _carried_over(state, source, arrays, count, strict=True, report=None):
-    """`state` with the arrays, which have its paths for names, and with what `source` has accumulated."""
-    needed = shapes_of(state)
-    shapes = {path: shape for (_, path), shape in needed.items()}
-    known = dict.fromkeys(path for _, path in arrays)
-    theirs = Theirs(
-        known,
-        _LABELS,
-        lambda name, what: arrays.get((what, name)),
-        lambda name: name if name in known else None,
-    )
-    found, told = matched(needed, shapes, {path: path for path in shapes}, theirs, strict)
-    new = _accumulated(filled(state, found, count), source)
-    tell(told, report, strict)
-    return new
+class OptaxSource(Source):
+    """A state of this package or of Optax, whose names are paths."""
+
+    labels = Moments("nu", "mu", "trace")
+    needs_count = False
+    count = None
+
+    def __init__(self, state: Tree) -> None:
+        self.names, self.count = moments_of(state)
+
+    def find(self, name: str) -> str | None:
+        return name if name in self.names else None
+
+    def arrays(self, name: str) -> Moments:
+        return self.names[name]
 
 
 def _accumulated(state, source):

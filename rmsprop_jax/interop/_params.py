@@ -1,14 +1,16 @@
 """Parameters from another framework's."""
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 
 from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._types import Tree
 from rmsprop_jax.interop._arrays import placed
+from rmsprop_jax.interop._carry import Source, matched
 from rmsprop_jax.interop._files import Tensors, load
-from rmsprop_jax.interop._names import Names, Theirs, finder, is_array, matched, paths
+from rmsprop_jax.interop._names import Names, finder, is_array, paths
 from rmsprop_jax.interop._report import Reporter, tell
 
 _NESTS = ("state_dict", "model_state_dict", "model")
@@ -50,17 +52,35 @@ def params_from(
              [2.],
              [3.]], dtype=float32)}
     """
-    loaded, shapes = _model(load(tensors)), paths(params)
-    needed = {("tensor", name): shape for name, shape in shapes.items()}
-    theirs = Theirs(loaded, {"tensor": "tensor"}, lambda name, what: loaded.get(name), finder(loaded))
-    arrays, told = matched(needed, shapes, names, theirs, strict)
+    shapes = paths(params)
+    needed = {path: Weight(shape) for path, shape in shapes.items()}
+    found, told = matched(needed, shapes, names, Weights(_model(load(tensors))), strict)
 
     def filled(path, p):
-        key = "tensor", leaf_name(path)
-        return placed(arrays[key], p) if is_array(p) and key in arrays else p
+        name = leaf_name(path)
+        return placed(found[name][0], p) if is_array(p) and name in found else p
 
     tell(told, report, strict)
     return jax.tree_util.tree_map_with_path(filled, params)
+
+
+class Weight(NamedTuple):
+    """The one array of a parameter."""
+
+    tensor: Any
+
+
+class Weights(Source):
+    """A model's weights by their names."""
+
+    labels = Weight("tensor")
+    count = None
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self.names, self.find = tensors, finder(tensors)
+
+    def arrays(self, name: str) -> tuple:
+        return Weight(self.names[name])
 
 
 def _model(loaded):

@@ -6,19 +6,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from rmsprop_jax import conventions
 from rmsprop_jax._leaves import leaf_name
 from rmsprop_jax._types import Tree
-from rmsprop_jax.interop._checkpoints import entries_of, stepped
+from rmsprop_jax.interop._arrays import as_numpy
+from rmsprop_jax.interop._carry import carry
+from rmsprop_jax.interop._checkpoints import Order, stepped
 from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
-from rmsprop_jax.interop._keras import from_keras
-from rmsprop_jax.interop._names import Names, finder, paths
+from rmsprop_jax.interop._names import Names, path_of, paths
 from rmsprop_jax.interop._report import Reporter
-from rmsprop_jax.interop._torch import from_torch
-from rmsprop_jax.interop._variables import rmsprop_config, variables_of
+from rmsprop_jax.interop._torch import TorchSource
+from rmsprop_jax.interop._variables import KerasSource, rmsprop_config
+from rmsprop_jax.optimizer import rmsprop
 
 _NEEDED = ("lr", "alpha", "eps", "momentum", "centered", "weight_decay")
 # How PyTorch computes it, and what its schedulers note down: no part of the rule.
@@ -32,7 +33,7 @@ def resume_torch(
     params: Tree,
     names: Names,
     *,
-    order: Sequence[str] | None = None,
+    order: Order | None = None,
     learning_rate: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
     convention: Callable[..., optax.GradientTransformation] | None = None,
     new_group: int | None = None,
@@ -84,48 +85,16 @@ def resume_torch(
       >>> print(tx.settings.decay, optax.tree.get(state, "count"), optax.tree.get(state, "nu"))
       0.99 7 {'bias': Array([1., 2.], dtype=float32)}
     """
-    loaded = load(checkpoint)
-    entries = entries_of(loaded, order)
-    stepped(entries)  # refuses what is no RMSProp's
-    find = finder(entries)
-    number_of = {}
-    for name, target in names.items():
-        if (source := find(name)) is not None:
-            number_of[target if isinstance(target, str) else target[0]] = entries[source].number
-    groups = {entry.number: entry.group for entry in entries.values()}
-    rates = _rates(learning_rate, len(groups))
-    used = sorted({number_of[path] for path in paths(params) if path in number_of} or groups)
-    if new_group is not None and new_group not in groups:
-        raise ValueError(f"Invalid {new_group=}: the checkpoint has the groups {sorted(groups)}.")
-    used = sorted({*used, *([] if new_group is None else [new_group])})
-    built = {n: _settings(n, groups[n], rates[n], convention, ignore) for n in used}
-    kinds: list[tuple[Any, dict[str, Any]]] = []
-    for setting in built.values():
-        if setting not in kinds:
-            kinds.append(setting)
-    label_of = {n: f"group {kinds.index(setting)}" for n, setting in built.items()}
-    is_complex = any(jnp.iscomplexobj(x) for x in jax.tree.leaves(params) if hasattr(x, "dtype"))
-    wrap = optax.contrib.split_real_and_imaginary if is_complex else lambda tx: tx
-    parts = {f"group {i}": wrap(function(**settings)) for i, (function, settings) in enumerate(kinds)}
-    if len(parts) == 1:
-        tx = parts["group 0"]
-    else:
-        new = [path for path in paths(params) if path not in number_of]
-        if new and new_group is None and not strict:
-            raise ValueError(
-                f"The checkpoint has no {', '.join(map(repr, new))}, and its groups {used} differ: "
-                "pass new_group=, the number of the one whose hyper-parameters these take."
-            )
-        default = used[0] if new_group is None else new_group  # if strict, from_torch lists what is missing
-
-        def label(path, _):
-            return label_of[number_of.get(leaf_name(path), default)]
-
-        tx = optax.partition(parts, jax.tree_util.tree_map_with_path(label, params))
-    state = from_torch(
-        loaded, tx.init(params), params, names, order=order, count=count, strict=strict, report=report
-    )
-    return tx, state
+    source = TorchSource(load(checkpoint), order)
+    stepped(source.names)  # refuses what is no RMSProp's
+    group_of = _groups(source, params, names, new_group)
+    used = {number for number in group_of.values() if number is not None}
+    used |= {new_group} if new_group is not None else set()
+    settings = _settings(source, used, learning_rate, convention, ignore)
+    if new_group is None and not strict:
+        _check_new(group_of, settings)
+    tx = _partition(group_of, settings, params, new_group)
+    return tx, carry(tx.init(params), params, names, source, count=count, strict=strict, report=report)
 
 
 def resume_keras(
@@ -176,70 +145,92 @@ def resume_keras(
     own = rmsprop_config(config)
     if own is None:
         raise ValueError("The optimizer's configuration is not in it: pass config=optimizer.get_config().")
-    loaded = load(variables)
-    known = inspect.signature(conventions.keras).parameters
-    settings = {
-        key: _plain(key, value) for key, value in own.items() if key in known and key != "learning_rate"
+    source = KerasSource(load(variables), order, own)
+    tx = _keras_optimizer(own, learning_rate, source)
+    return tx, carry(tx.init(params), params, names, source, count=count, strict=strict, report=report)
+
+
+# PyTorch.
+
+
+def _groups(source, params, names, new_group):
+    """The number of each parameter's group, None for one that the checkpoint does not have, by path."""
+    numbers = {entry.number for entry in source.names.values()}
+    if new_group is not None and new_group not in numbers:
+        raise ValueError(f"Invalid {new_group=}: the checkpoint has the groups {sorted(numbers)}.")
+    keys = {path_of(target): source.find(name) for name, target in names.items()}
+    return {
+        path: source.names[key].number if (key := keys.get(path)) is not None else None
+        for path in paths(params)
     }
-    passed = {*known, *_KERAS_ONLY, *([] if own.get("use_ema") else ["ema_overwrite_frequency"])}
-    passed |= {"gradient_accumulation_steps"} if own.get("gradient_accumulation_steps") == 1 else set()
-    unknown = [
-        f"{key}={value!r:.60}"
-        for key, value in own.items()
-        if key not in passed and value is not None and value is not False
-    ]
-    if unknown:
-        raise ValueError(f"Invalid config: {', '.join(unknown)} has no counterpart in conventions.keras.")
-    if learning_rate is None:
-        learning_rate = _keras_rate(loaded, own, order)
-    tx = conventions.keras(learning_rate, **settings)
-    state = from_keras(
-        loaded,
-        tx.init(params),
-        params,
-        names,
-        order=order,
-        config=own,
-        count=count,
-        strict=strict,
-        report=report,
-    )
-    return tx, state
 
 
-def _rates(learning_rate, groups):
-    if not isinstance(learning_rate, list | tuple):
-        return [learning_rate] * groups
-    if len(learning_rate) != groups:
+def _settings(source, used, learning_rate, convention, ignore):
+    """What builds the optimizer of each group that is used: the function, and its arguments."""
+    groups = {entry.number: entry.group for entry in source.names.values()}
+    rates = learning_rate if isinstance(learning_rate, list | tuple) else [learning_rate] * len(groups)
+    if len(rates) != len(groups):
         raise ValueError(
-            f"Invalid learning_rate: {len(learning_rate)} of them, the checkpoint has {groups} groups."
+            f"Invalid learning_rate: {len(rates)} of them, the checkpoint has {len(groups)} groups."
         )
-    return learning_rate
+    settings = {}
+    for number in sorted(used or groups):
+        group, rate = groups[number], rates[number]
+        function = convention or _convention(group)
+        known = inspect.signature(function).parameters
+        if missing := [key for key in _NEEDED if key in known and key not in group]:
+            raise ValueError(f"Group {number} of the checkpoint has no {', '.join(map(repr, missing))}.")
+        if unknown := _unknown(group, {*known, *_TORCH_ONLY, *_NOTES, *ignore}, rate, ignore):
+            found = ", ".join(f"{key}={group[key]!r:.60}" for key in unknown)
+            raise ValueError(
+                f"Group {number} of the checkpoint has {found}, without counterpart in "
+                f"conventions.{function.__name__}: ignore={unknown} passes over it."
+            )
+        arguments = {key: _plain(key, x) for key, x in group.items() if key in known and key not in _NOTES}
+        if "max_lr" in known and group.get("max_lr_snapshot") is not None:
+            arguments["max_lr"] = _plain("max_lr_snapshot", group["max_lr_snapshot"])
+        settings[number] = function, arguments | ({} if rate is None else {"lr": rate})
+    return settings
 
 
-def _settings(number, group, learning_rate, convention, ignore):
-    """What builds a group's optimizer: the function, and its arguments."""
-    function = convention or _convention(group)
-    known = inspect.signature(function).parameters
-    if missing := [key for key in _NEEDED if key in known and key not in group]:
-        raise ValueError(f"Group {number} of the checkpoint has no {', '.join(map(repr, missing))}.")
-    settings = {key: _plain(key, value) for key, value in group.items() if key in known and key not in _NOTES}
-    if "max_lr" in known and group.get("max_lr_snapshot") is not None:
-        settings["max_lr"] = _plain("max_lr_snapshot", group["max_lr_snapshot"])
-    if learning_rate is not None:
-        settings["lr"] = learning_rate
-    scaled = learning_rate is not None and group.get("lr_scale", 1) != 1
-    passed = {*known, *_TORCH_ONLY, *_NOTES, *ignore} - ({"lr_scale"} - {*ignore} if scaled else set())
-    unknown = [
-        key for key, value in group.items() if key not in passed and value is not None and value is not False
-    ]
-    if unknown:
-        found = ", ".join(f"{key}={group[key]!r:.60}" for key in unknown)
+def _unknown(group, passed, learning_rate, ignore):
+    """The keys of a group that say something and have no counterpart."""
+    if learning_rate is not None and group.get("lr_scale", 1) != 1:
+        passed -= {"lr_scale"} - {*ignore}
+    return [key for key, x in group.items() if key not in passed and x is not None and x is not False]
+
+
+def _check_new(group_of, settings):
+    new = [path for path, number in group_of.items() if number is None]
+    first = next(iter(settings.values()))
+    if new and any(one != first for one in settings.values()):
         raise ValueError(
-            f"Group {number} of the checkpoint has {found}, without counterpart in "
-            f"conventions.{function.__name__}: ignore={unknown} passes over it."
+            f"The checkpoint has no {', '.join(map(repr, new))}, and its groups {list(settings)} differ: "
+            "pass new_group=, the number of the one whose hyper-parameters these take."
         )
-    return function, settings
+
+
+def _partition(group_of, settings, params, new_group):
+    """The optimizer of all parameters, with one part for each kind of group and one for new parameters."""
+    kinds: list[tuple[Any, dict[str, Any]]] = []
+    for one in settings.values():
+        if one not in kinds:
+            kinds.append(one)
+    labels = {number: f"group {kinds.index(one)}" for number, one in settings.items()}
+    parts = {f"group {i}": one for i, one in enumerate(kinds)}
+    default = "group 0"  # if strict, `carry` lists what is missing
+    if new_group is not None and None in group_of.values():
+        default, parts["new"] = "new", settings[new_group]
+    is_complex = any(jnp.iscomplexobj(x) for x in jax.tree.leaves(params) if hasattr(x, "dtype"))
+    wrap = optax.contrib.split_real_and_imaginary if is_complex else lambda tx: tx
+    built = {label: wrap(function(**arguments)) for label, (function, arguments) in parts.items()}
+    if len(built) == 1:
+        return built["group 0"]
+
+    def label(path, _):
+        return labels.get(group_of.get(leaf_name(path)), default)
+
+    return optax.partition(built, jax.tree_util.tree_map_with_path(label, params))
 
 
 def _convention(group):
@@ -253,6 +244,42 @@ def _convention(group):
     )
 
 
+# Keras.
+
+
+def _keras_optimizer(config, learning_rate, source):
+    """What a configuration says, with the learning rate of the variables where none is given."""
+    is_legacy = "decay" in config
+    function = _keras2 if is_legacy and not config.get("momentum") else conventions.keras
+    known = inspect.signature(function).parameters
+    passed = {*known, *_KERAS_ONLY, *([] if config.get("use_ema") else ["ema_overwrite_frequency"])}
+    passed |= {"gradient_accumulation_steps"} if config.get("gradient_accumulation_steps") == 1 else set()
+    passed |= {"decay"} if learning_rate is not None or not config.get("decay") else set()
+    if unknown := _unknown(config, passed, None, ()):
+        found = ", ".join(f"{key}={config[key]!r:.60}" for key in unknown)
+        hint = ": decay divides the learning rate by 1 + decay * count, pass such a learning_rate=" * (
+            "decay" in unknown
+        )
+        raise ValueError(f"Invalid config: {found} has no counterpart in conventions.keras{hint}.")
+    if learning_rate is None:
+        learning_rate = _keras_rate(source, config)
+    names = [key for key in config if key in known and key != "learning_rate"]
+    return function(learning_rate, **{key: _plain(key, config[key]) for key in names})
+
+
+def _keras2(learning_rate, rho=0.9, momentum=0.0, epsilon=1e-7, centered=False):
+    """The legacy optimizer of Keras 2, which without momentum has epsilon outside the root."""
+    return rmsprop(learning_rate, rho, epsilon, eps_in_sqrt=False, centered=centered)
+
+
+def _keras_rate(source, config):
+    rate = config.get("learning_rate") if source.rate is None else as_numpy(source.rate)
+    if isinstance(rate, Mapping) or rate is None:
+        found = f"the schedule {rate.get('class_name')}" if rate else "nowhere"
+        raise ValueError(f"Keras' learning rate is {found}: pass learning_rate=, a number or a schedule.")
+    return _plain("learning_rate", rate)
+
+
 def _plain(name, value):
     """A Python number, flag or None, also out of an array of one."""
     if value is None or isinstance(value, bool | int | float):
@@ -262,12 +289,3 @@ def _plain(name, value):
     except (AttributeError, ValueError, RuntimeError):
         raise ValueError(f"Invalid {name}: {value!r:.60}, expected a number.") from None
     return bool(value) if name in ("centered", "maximize") else value
-
-
-def _keras_rate(arrays, config, order):
-    key = variables_of(arrays, order, config).learning_rate
-    rate = config.get("learning_rate") if key is None else np.asarray(arrays[key])
-    if isinstance(rate, Mapping) or rate is None:
-        found = f"the schedule {rate.get('class_name')}" if rate else "nowhere"
-        raise ValueError(f"Keras' learning rate is {found}: pass learning_rate=, a number or a schedule.")
-    return _plain("learning_rate", rate)

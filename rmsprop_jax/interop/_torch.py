@@ -1,18 +1,17 @@
 """The state of PyTorch's optimizers, see `_checkpoints` for its forms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from rmsprop_jax._types import Tree
-from rmsprop_jax.interop._carry import buffer_factor, carried, count_for, named
-from rmsprop_jax.interop._checkpoints import Entry, entries_of, stepped
+from rmsprop_jax.interop._carry import Source, buffer_factor, carry, outward
+from rmsprop_jax.interop._checkpoints import Order, entries_of, groups_in_doubt, stepped
 from rmsprop_jax.interop._files import Tensors, load
-from rmsprop_jax.interop._names import Names, Theirs, finder
+from rmsprop_jax.interop._moments import Moments
+from rmsprop_jax.interop._names import Names, finder
 from rmsprop_jax.interop._report import Reporter
-
-_LABELS = {"E[g^2]": "square_avg", "E[g]": "grad_avg", "b": "momentum_buffer"}
 
 
 def from_torch(
@@ -21,7 +20,7 @@ def from_torch(
     params: Tree,
     names: Names,
     *,
-    order: Sequence[str] | None = None,
+    order: Order | None = None,
     learning_rate: float | None = None,
     lr_in_momentum: bool | None = None,
     count: int | None = None,
@@ -74,10 +73,8 @@ def from_torch(
       >>> print(optax.tree.get(state, "count"), optax.tree.get(state, "nu")["kernel"].T)
       7 [[1. 2. 3.]]
     """
-    entries = entries_of(load(optimizer_state), order)
-    theirs = _theirs(entries, learning_rate, lr_in_momentum)
-    count = count_for(state, count, stepped(entries))
-    return carried(state, params, names, theirs, count, strict, report)
+    source = TorchSource(load(optimizer_state), order, learning_rate, lr_in_momentum)
+    return carry(state, params, names, source, count=count, strict=strict, report=report)
 
 
 def to_torch(
@@ -86,7 +83,7 @@ def to_torch(
     params: Tree,
     names: Names,
     *,
-    order: Sequence[str] | None = None,
+    order: Order | None = None,
     learning_rate: float | None = None,
     lr_in_momentum: bool | None = None,
     strict: bool = True,
@@ -116,33 +113,46 @@ def to_torch(
 
     if "param_groups" not in optimizer_state:
         raise ValueError("Invalid optimizer_state: it has no param_groups, expected optimizer.state_dict().")
-    entries = entries_of(optimizer_state, order)
-    theirs = _theirs(entries, learning_rate, lr_in_momentum)
-    arrays, count = named(state, params, names, theirs, strict)
-    new: dict[Any, dict[str, Any]] = {}
-    for (what, name), array in arrays.items():
-        entry = entries[name]
-        if what == "b":
-            array = array / theirs.factor(name)
+    source = TorchSource(optimizer_state, order, learning_rate, lr_in_momentum)
+    arrays, count = outward(state, params, names, source, strict)
+    new = {}
+    for name, moments in arrays.items():
+        entry = source.names[name]
         step = count if isinstance(entry.state.get("step"), int) else torch.tensor(float(count))
-        own = new.setdefault(entry.key, {"step": step})
-        own[_LABELS[what]] = torch.from_numpy(np.array(array))
+        found = zip(source.labels, moments, strict=True)
+        tensors = {label: torch.from_numpy(np.array(x)) for label, x in found if x is not None}
+        new[entry.key] = {"step": step, **tensors}
     return {**optimizer_state, "state": {**optimizer_state["state"], **new}}
 
 
-def _theirs(entries: Mapping[str, Entry], learning_rate: Any, lr_in_momentum: bool | None) -> Theirs:
-    """What is in a checkpoint, its momentum buffers as ours."""
+class TorchSource(Source):
+    """An optimizer's state in any of the forms of `_checkpoints`."""
 
-    def lookup(name, what):
-        return entries[name].state.get(_LABELS[what])
+    labels = Moments("square_avg", "grad_avg", "momentum_buffer")
 
-    def factor(name):
-        return _buffer(entries[name], learning_rate, lr_in_momentum)
+    def __init__(
+        self,
+        checkpoint: Any,
+        order: Order | None = None,
+        learning_rate: float | None = None,
+        lr_in_momentum: bool | None = None,
+    ) -> None:
+        self.names = entries_of(checkpoint, order)
+        self.find = finder(self.names)
+        self.groups = groups_in_doubt(checkpoint, self.names, order)
+        self._learning_rate, self._lr_in_momentum = learning_rate, lr_in_momentum
 
-    return Theirs(entries, _LABELS, lookup, finder(entries), factor)
+    @property
+    def count(self) -> int | None:
+        return stepped(self.names)
 
+    def arrays(self, name: str) -> Moments:
+        return Moments(*map(self.names[name].state.get, self.labels))
 
-def _buffer(entry, learning_rate, ours_has_it):
-    theirs_has_it = bool(entry.group.get("lr_in_momentum", False))
-    learning_rate = entry.group.get("lr") if learning_rate is None else learning_rate
-    return buffer_factor(theirs_has_it, theirs_has_it if ours_has_it is None else ours_has_it, learning_rate)
+    def factor(self, name: str) -> float:
+        group = self.names[name].group
+        theirs = bool(group.get("lr_in_momentum", False))
+        ours = theirs if self._lr_in_momentum is None else self._lr_in_momentum
+        return buffer_factor(
+            theirs, ours, group.get("lr") if self._learning_rate is None else self._learning_rate
+        )
