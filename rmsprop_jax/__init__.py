@@ -1,13 +1,13 @@
 """RMSProp for JAX, as an Optax gradient transformation."""
 
-from rmsprop_jax import accumulators, conventions, diagnostics, interop, rounding, rows, sharding
-from rmsprop_jax._states import ScaleByRmsState
+from rmsprop_jax import accumulators, conventions, diagnostics, export, interop, rounding, rows, sharding
+from rmsprop_jax._tree import ScaleByRmsState
 from rmsprop_jax.optimizer import rmsprop
 from rmsprop_jax.schedules import warmup
 from rmsprop_jax.transform import scale_by_rms
 from rmsprop_jax.updates import apply_updates
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "ScaleByRmsState",
@@ -15,6 +15,7 @@ __all__ = [
     "apply_updates",
     "conventions",
     "diagnostics",
+    "export",
     "interop",
     "rmsprop",
     "rounding",

@@ -1,4 +1,4 @@
-"""Float32 at least: the dtypes to compute in, and arrays that are made, cast and clipped in them."""
+"""Float32 at least: the dtypes to compute in, and arrays that are cast and clipped in them."""
 
 from functools import cache
 
@@ -29,17 +29,14 @@ def is_array_like(leaf: object) -> bool:
     return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
 
 
+def is_wide(dtype: np.dtype) -> bool:
+    """Whether the package stores numbers in this dtype as they are: float32 and float64."""
+    return dtype.kind == "f" and dtype.itemsize >= 4
+
+
 def real(dtype: jax.typing.DTypeLike) -> np.dtype:
     """The dtype of the modulus: of a complex dtype its parts', else `dtype` itself."""
     return jnp.finfo(dtype).dtype
-
-
-def full_like(p: jax.typing.ArrayLike, value: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`jnp.full_like`; inside jit too it has the sharding of `p`."""
-    x = jnp.full_like(p, value, dtype=dtype)
-    # In a jitted init the compiler would place a constant, and all of it on each device. It sees that this
-    # one goes with `p`, before it sees that it is a constant.
-    return jnp.where(p != p, x, x) if isinstance(p, jax.core.Tracer) else x
 
 
 def widen(tree):
@@ -76,10 +73,7 @@ def clip(x, limit):
     return jnp.clip(x, -limit, limit)
 
 
-def ordered_after(x, never):
-    """`x`, where `never` is no element's truth, but XLA does not know.
-
-    No-op. A data dependency that makes XLA finish the read before the in-place write; without it XLA copies
-    the buffer.
-    """
-    return jnp.where(never, jnp.zeros_like(x), x)
+def clip_for_square(g):
+    """Clips `g`, in float32 at least, so that its square and a sum of a few squares are finite."""
+    g = g.astype(wide(g.dtype))
+    return clip(g, 2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 2))

@@ -1,9 +1,10 @@
-"""Optax's parts computed in float32 at least: the casts around a chain, momentum, decayed weights.
+"""Optax's parts computed in float32 at least: chains, momentum and decayed weights.
 
 `optax.trace` and `optax.add_decayed_weights` do the arithmetic. Added are the dtypes in which they compute
 and store, and that leaves without a gradient are left alone.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -13,53 +14,72 @@ import numpy as np
 import optax
 
 from rmsprop_jax import _checks, rounding
-from rmsprop_jax._dtypes import dtype_of, full_like, narrow, wide, widen
-from rmsprop_jax._leaves import is_none, leaf_numbers
-from rmsprop_jax._rule import Transformation
-from rmsprop_jax._states import is_ours, refusal
+from rmsprop_jax._dtypes import dtype_of, narrow, wide, widen
+from rmsprop_jax._rule import Settings
+from rmsprop_jax._tree import is_none, leaf_numbers, refusal
+from rmsprop_jax._xla import full_like
+
+
+class Transformation(optax.GradientTransformationExtraArgs):
+    """An Optax transformation that tells its settings.
+
+    Attributes:
+      settings: of the RMSProp in it, None where there is none.
+      moves_untouched_rows_by: the arguments by which it moves or changes parameters whose gradient is zero.
+    """
+
+    settings: Settings | None = None
+    moves_untouched_rows_by: tuple[str, ...] = ()
+
+    def __new__(
+        cls,
+        init: Callable,
+        update: Callable,
+        settings: Settings | None = None,
+        moves_untouched_rows_by: Iterable[str] = (),
+    ) -> "Transformation":
+        self = super().__new__(cls, init, update)
+        self.settings, self.moves_untouched_rows_by = settings, tuple(moves_untouched_rows_by)
+        return self
+
+    def _replace(self, **changes: Any) -> "Transformation":
+        return type(self)(**{**self._asdict(), **self.__dict__, **changes})
+
+    @classmethod
+    def of_parts(cls, init: Callable, update: Callable, parts: Iterable[Any]) -> "Transformation":
+        """One that has the settings of its parts; `update` computes in float32 at least."""
+        known = [part for part in parts if isinstance(part, cls)]
+        settings = next((part.settings for part in known if part.settings is not None), None)
+        names = [name for part in known for name in part.moves_untouched_rows_by]
+        return cls(init, _in_float32(update), settings, names)
+
+
+def _in_float32(update):
+    """`update` in float32 at least; its updates come back in the gradients' dtypes."""
+
+    def update_fn(updates, state, params=None, **extra_args):
+        dtypes = jax.tree.map(dtype_of, updates)
+        with jax.numpy_dtype_promotion("standard"):  # Optax's parts rely on it
+            updates, state = update(widen(updates), state, params, **extra_args)
+        return jax.tree.map(narrow, updates, dtypes), state
+
+    return update_fn
 
 
 def chain(*parts):
-    """`optax.chain` in float32 at least, updates in the gradients' dtypes; it knows what its parts know."""
+    """`optax.chain` in float32 at least, with the settings of its parts."""
     inner = optax.chain(*parts)
 
     def update_fn(updates, state, params=None, **extra_args):
         if not (isinstance(state, tuple) and len(state) == len(parts)):
             raise ValueError(refusal(state))
-        dtypes = jax.tree.map(dtype_of, updates)
-        with jax.numpy_dtype_promotion("standard"):  # Optax's parts rely on it
-            updates, state = inner.update(widen(updates), state, params, **extra_args)
-        return jax.tree.map(narrow, updates, dtypes), state
+        return inner.update(updates, state, params, **extra_args)
 
-    known = [part for part in parts if isinstance(part, Transformation)]
-    settings = next((part.settings for part in known if part.settings is not None), None)
-    return Transformation(
-        inner.init, update_fn, settings, [name for part in known for name in part.moves_all]
-    )
-
-
-def counted(inner, has_momentum):
-    """Passes scale_by_rms's step count to the rest of the chain as the extra argument `rms_count`.
-
-    Raises:
-      ValueError: for a state that is not of such a chain, or has a momentum buffer where this has none.
-    """
-
-    def update_fn(updates, state, params=None, **extra_args):
-        if not (isinstance(state, tuple) and state and is_ours(state[0])):
-            raise ValueError(refusal(state))
-        if has_momentum != any(isinstance(part, optax.TraceState) for part in state):
-            raise ValueError(
-                f"Invalid state: it has {'no' if has_momentum else 'a'} momentum buffer, this optimizer has "
-                f"{'momentum' if has_momentum else 'no momentum'}."
-            )
-        return inner.update(updates, state, params, **extra_args, rms_count=state[0].count)
-
-    return inner._replace(update=update_fn)
+    return Transformation.of_parts(inner.init, update_fn, parts)
 
 
 def trace(decay, nesterov, dtype):
-    """`optax.trace`, stored between updates in `dtype`."""
+    """`optax.trace`, stored between updates in `dtype`. Its update takes `count`, the updates before this one."""
     decay = _checks.decay("momentum", decay)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"Invalid momentum_dtype: momentum_dtype={dtype!r}, expected a floating dtype.")
@@ -71,15 +91,14 @@ def trace(decay, nesterov, dtype):
     def init_fn(params):
         return optax.TraceState(jax.tree.map(lambda p: full_like(p, 0, stored_dtype(p)), params))
 
-    def update_fn(updates, state, params=None, *, rms_count, rms_rows=None, **extra_args):
+    def update_fn(updates, state, params=None, *, count, **extra_args):
         del params, extra_args
         treedef: Any
         grads, treedef = jax.tree.flatten(updates, is_leaf=is_none)
         buffers = treedef.flatten_up_to(state.trace)
-        rows = [None] * len(grads) if rms_rows is None else treedef.flatten_up_to(rms_rows)
-        numbers = rows if dtype is None else leaf_numbers(buffers)
+        numbers = [None] * len(grads) if dtype is None else leaf_numbers(buffers)
 
-        def step(g, old, number, rows):
+        def step(g, old, number):
             if g is None:
                 return None, old
             if old.dtype != (expected := stored_dtype(old)):
@@ -93,14 +112,14 @@ def trace(decay, nesterov, dtype):
                 return u, new
             # Leaf ids counted down from 2**32 - 1: nu's ids count up from 0, so the two never share
             # thresholds.
-            thresholds = rounding.thresholds(new.shape, np.uint32(2**32 - 1) - number, rms_count, rows)
+            thresholds = rounding.thresholds(new.shape, np.uint32(2**32 - 1) - number, count)
             return u, rounding.to_dtype(new, old.dtype, thresholds)
 
-        steps = list(map(step, grads, buffers, numbers, rows))
+        steps = list(map(step, grads, buffers, numbers))
         us, buffers = (treedef.unflatten(xs) for xs in (zip(*steps, strict=True) if steps else ((), ())))
         return us, optax.TraceState(buffers)
 
-    return Transformation(init_fn, update_fn, moves_all=["momentum"])
+    return Transformation(init_fn, update_fn, moves_untouched_rows_by=["momentum"])
 
 
 @partial(jax.jit, inline=True)
@@ -133,4 +152,4 @@ def decayed_weights(weight_decay, mask=None, learning_rate=None, name="weight_de
             )
         return inner.update(updates, state, params)
 
-    return Transformation(inner.init, update_fn, moves_all=["weight_decay"])
+    return Transformation(inner.init, update_fn, moves_untouched_rows_by=["weight_decay"])

@@ -1,4 +1,4 @@
-"""RMSProp's rule for one leaf: clip, average, store, divide.
+"""RMSProp's rule for one leaf: average, divide.
 
     nu_t = decay * nu_{t-1} + (1 - decay) * g_t^2
     u_t  = g_t / sqrt(nu_t + eps)              eps_in_sqrt=True   (Optax, TensorFlow, Keras)
@@ -14,23 +14,23 @@ From nu_0 = initial_scale and mu_0 = 0 this is initial_scale * decay^t + E[g^2] 
 exponentially weighted sums.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from rmsprop_jax import accumulators
-from rmsprop_jax._dtypes import abs_sq, clip, narrow, times, wide
+from rmsprop_jax._division import divided
+from rmsprop_jax._dtypes import abs_sq, clip_for_square, narrow, times, wide
 
 
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Settings:
-    """What an RMSProp is: all that its rule has to know, and whoever measures or continues it.
+    """The settings of an RMSProp, which its rule takes, and whoever measures or continues it.
 
     A pytree whose leaves are the numbers that arrive as arrays, such as those of `optax.inject_hyperparams`;
     Python numbers, flags and the accumulator are its structure. So under `jax.jit` the former are operands,
@@ -42,7 +42,7 @@ class Settings:
       eps_in_sqrt: whether `eps` is added under the root or to the root.
       bias_correction: whether `nu` is divided by ``1 - decay**count`` before it is used.
       centered: whether `nu` is the second moment about the running mean `mu`.
-      accumulator: what stores `nu`; None in diagnostics, where the state has to tell.
+      accumulator: how `nu` is stored.
     """
 
     decay: float | jax.Array
@@ -50,7 +50,7 @@ class Settings:
     eps_in_sqrt: bool = True
     bias_correction: bool = False
     centered: bool = False
-    accumulator: accumulators.Accumulator | None = accumulators.NAMED["float32"]
+    accumulator: accumulators.Accumulator = accumulators.NAMED["float32"]
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         return self._flat
@@ -71,77 +71,47 @@ class Settings:
         return jnp.asarray(self.decay, dtype), jnp.asarray(1 - self.decay, dtype)
 
     def inverse_root(self, nu: jax.Array) -> jax.Array:
-        """What a gradient is multiplied by, 1 / sqrt(nu + eps) or 1 / (sqrt(nu) + eps), finite for any nu."""
+        """The factor of a gradient, 1 / sqrt(nu + eps) or 1 / (sqrt(nu) + eps), finite for any nu."""
         return divided(jnp.ones_like(nu), nu, self)
 
 
-class Transformation(optax.GradientTransformationExtraArgs):
-    """An Optax transformation that knows what it is.
-
-    Attributes:
-      settings: of the RMSProp in it, None where there is none.
-      moves_all: the arguments by which it moves or changes parameters whose gradient is zero, by name.
-    """
-
-    settings: Settings | None = None
-    moves_all: tuple[str, ...] = ()
-
-    def __new__(
-        cls, init: Callable, update: Callable, settings: Settings | None = None, moves_all: Iterable[str] = ()
-    ) -> "Transformation":
-        self = super().__new__(cls, init, update)
-        self.settings, self.moves_all = settings, tuple(moves_all)
-        return self
-
-    def _replace(self, **changes: Any) -> "Transformation":
-        return type(self)(**{**self._asdict(), **self.__dict__, **changes})
-
-
 @jax.jit
-def rule(g: jax.Array, nu: Any, mu: Any, where: Any, count: Any, settings: Settings) -> tuple[Any, Any, Any]:
+def rule(g: jax.Array, nu: Any, mu: Any, leaf: Any, count: Any, settings: Settings) -> tuple[Any, Any, Any]:
     """The update of one leaf and its new accumulators: `(u, nu, mu)`.
 
     Jitted for eager callers; under an outer jit it is free, and equal leaves are lowered once.
 
     Args:
       g: the gradient.
-      nu: as it is stored.
+      nu: as the accumulator stores it.
       mu: the running mean, None where not centred.
-      where: which leaf it is, and which of its rows these are or None, see `rounding.thresholds`; None where
-        nothing is rounded.
+      leaf: the number of the leaf, for `rounding.thresholds`; None where nothing is rounded.
       count: updates so far, this one included; None where nothing depends on it.
       settings: the optimizer's.
     """
-    g_wide, clipped = g.astype(wide(g.dtype)), squarable(g)
-    nu, nu_new, mu = averages(g, clipped, nu, mu, where, count, settings)
-    u = divided(clipped, corrected(nu_new, count, settings), settings)
-    # g - g is 0, or NaN where the clip hid an infinity.
-    return narrow(u + (g_wide - g_wide), g.dtype), nu, mu
+    nu, read, mu = averages(g, nu, mu, leaf, count, settings)
+    u = divided(clip_for_square(g), corrected(read, count, settings), settings)
+    return narrow(as_finite_as(g, u), g.dtype), nu, mu
 
 
-def squarable(g):
-    """In float32 at least, and so that the square is finite, and sums of a few."""
-    g = g.astype(wide(g.dtype))
-    return clip(g, 2.0 ** (jnp.finfo(g.dtype).maxexp // 2 - 2))
+def averages(g, nu, mu, leaf, count, settings):
+    """The running averages with `g` in them: `nu` stored, the same read back, and `mu`."""
+    dtype = jnp.finfo(g.dtype).dtype
+    decay, one_minus_decay = settings.decay_as(wide(dtype))
+    thresholds = None if leaf is None else accumulators.thresholds_of(leaf, count)
 
+    def added(g):
+        return one_minus_decay * abs_sq(clip_for_square(g))
 
-def averages(g, clipped, nu, mu, where, count, settings):
-    """The running averages with `g` in them: `nu` as it is stored, and as it is read back, and `mu`."""
-    dtype = jnp.finfo(clipped.dtype).dtype
-    decay, one_minus_decay = settings.decay_as(dtype)
-    thresholds = None if where is None else accumulators.thresholds_of(where[0], count, where[1])
-
-    def added(part):
-        return one_minus_decay * abs_sq(clipped if part is g else squarable(part))
-
-    def added_about_mean(_):
+    def added_about_mean(g):
         # Algebraically decay * (1 - decay) * (g - mu_old)^2; written with the new mean because the old one
         # would stay live and XLA would copy it. `maximum` avoids 0/0 at decay = 0, where g - mean is rounding
         # error.
-        ratio = one_minus_decay / jnp.maximum(decay, jnp.finfo(dtype).eps)
-        return ratio * abs_sq(clipped - mean)
+        ratio = one_minus_decay / jnp.maximum(decay, jnp.finfo(decay.dtype).eps)
+        return ratio * abs_sq(clip_for_square(g) - mean)
 
     if mu is not None:
+        clipped = clip_for_square(g)
         mean = times(clipped, one_minus_decay) + times(mu.astype(clipped.dtype), decay)
         mu, added = mean.astype(mu.dtype), added_about_mean
     return *settings.accumulator.average(nu, g, added, decay, thresholds), mu
@@ -156,32 +126,7 @@ def corrected(nu, count, settings):
     return nu * (1 / (1 - decay ** count.astype(nu.dtype)))
 
 
-@jax.custom_jvp
-def divided(g, nu, settings):
-    """g / sqrt(nu + eps) or g / (sqrt(nu) + eps): the update."""
-    return times(g, _inverse_root(nu, settings))
-
-
-def _inverse_root(nu, settings):
-    # At least the smallest normal number under the root, so that no gradient is 0 / 0 or 1 / 0.
-    tiny, eps = jnp.finfo(nu.dtype).tiny, jnp.asarray(settings.eps, nu.dtype)
-    if settings.eps_in_sqrt:
-        return jax.lax.rsqrt(jnp.maximum(nu + eps, tiny))
-    return 1 / (jnp.sqrt(jnp.maximum(nu, tiny)) + eps)
-
-
-@divided.defjvp
-def _divided_jvp(primals, tangents):
-    """d(g * s) = s * dg - g * s * (-ds / s): in this form no factor overflows where another is zero."""
-    g, nu, settings = primals
-    dg, dnu, dsettings = tangents
-    tiny, eps = jnp.finfo(nu.dtype).tiny, jnp.asarray(settings.eps, nu.dtype)
-    deps = jnp.zeros_like(eps) if isinstance(settings.eps, float) else dsettings.eps.astype(nu.dtype)
-    scale = settings.inverse_root(nu)
-    if settings.eps_in_sqrt:
-        falls = jnp.where(nu + eps > tiny, 0.5 * ((dnu + deps) * scale) * scale, 0)
-    else:
-        root = replace(settings, eps=0.0, eps_in_sqrt=True).inverse_root(nu)
-        falls = (jnp.where(nu > tiny, 0.5 * dnu * root, 0) + deps) * scale
-    u = divided(g, nu, settings)
-    return u, times(dg, scale) - times(u, falls)
+def as_finite_as(g, u):
+    """`u`, NaN where `g` is infinite or NaN: the clip would hide an infinity."""
+    g = g.astype(u.dtype)
+    return u + (g - g)

@@ -15,8 +15,8 @@ import jax
 import optax
 
 from rmsprop_jax import _checks, accumulators
-from rmsprop_jax._parts import chain, counted, decayed_weights, trace
-from rmsprop_jax._types import Tree
+from rmsprop_jax._parts import Transformation, decayed_weights, trace
+from rmsprop_jax._tree import Tree, is_ours, refusal
 from rmsprop_jax.transform import scale_by_rms
 
 __all__ = ["rmsprop"]
@@ -121,9 +121,41 @@ def rmsprop(
     lr = optax.scale_by_learning_rate(learning_rate)
     buffer = optax.identity() if momentum is None else trace(momentum, nesterov, momentum_dtype)
     if momentum is None or not lr_in_momentum:
-        parts = [buffer, decayed_weights(weight_decay, mask), lr]
+        rest = [buffer, decayed_weights(weight_decay, mask), lr]
     else:
         # After the buffer the updates are already scaled by -learning_rate, so the decay term must be
         # scaled by it too.
-        parts = [lr, buffer, decayed_weights(weight_decay, mask, learning_rate)]
-    return counted(chain(scale, *parts), has_momentum=momentum is not None)
+        rest = [lr, buffer, decayed_weights(weight_decay, mask, learning_rate)]
+    updates_of = [optax.with_extra_args_support(part).update for part in rest]
+    has_buffer = [False, *(part is buffer and momentum is not None for part in rest)]
+
+    def init_fn(params):
+        return tuple(part.init(params) for part in (scale, *rest))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        _check_parts(state, has_buffer, lr_in_momentum)
+        updates, rms = scale.update(updates, state[0])
+        new = [rms]
+        for update, own in zip(updates_of, state[1:], strict=True):
+            updates, own = update(updates, own, params, count=state[0].count)
+            new.append(own)
+        return updates, tuple(new)
+
+    return Transformation.of_parts(init_fn, update_fn, (scale, *rest))
+
+
+def _check_parts(state, has_buffer, lr_in_momentum):
+    """Raises ValueError for a state of another optimizer, or of this one with another momentum."""
+    if not (isinstance(state, tuple) and len(state) == len(has_buffer) and is_ours(state[0])):
+        raise ValueError(refusal(state))
+    found = [isinstance(part, optax.TraceState) for part in state]
+    if any(found) != any(has_buffer):
+        raise ValueError(
+            f"Invalid state: it has {'a' if any(found) else 'no'} momentum buffer, this optimizer has "
+            f"{'momentum' if any(has_buffer) else 'no momentum'}."
+        )
+    if found != has_buffer:
+        raise ValueError(
+            f"Invalid lr_in_momentum: lr_in_momentum={lr_in_momentum}, but the state was made with "
+            f"lr_in_momentum={not lr_in_momentum}, whose momentum buffer holds other numbers."
+        )

@@ -13,11 +13,11 @@ cancel sooner; across elements they are scattered. The element's index is the on
 fuses with the step.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rmsprop_jax._division import straight_through
 
 __all__ = ["random_thresholds", "thresholds", "to_dtype"]
 
@@ -29,22 +29,16 @@ _TURN = np.uint32(round(0.277076 * 2**32) | 1)
 _AXES = [int(np.sqrt(n) % 1 * 2**32) | 1 for n in (2, 3, 5, 7, 11, 13, 17, 19)]
 
 
-def thresholds(
-    shape: tuple[int, ...],
-    leaf: jax.typing.ArrayLike,
-    count: jax.typing.ArrayLike,
-    rows: jax.Array | None = None,
-) -> jax.Array:
+def thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, count: jax.typing.ArrayLike) -> jax.Array:
     """Thresholds for every element of a leaf, uint32, each equally likely.
 
     Args:
-      shape: of the leaf, the whole of it, or of some of its rows.
+      shape: of the leaf.
       leaf: its number in the tree, or any integer that tells it from other leaves, may be traced.
       count: the step, an integer, may be traced.
-      rows: the indices of these rows in the whole leaf, integers of shape (shape[0],); None for all.
     """
     phase = mixed(jnp.asarray(leaf).astype(jnp.uint32)) + jnp.asarray(count).astype(jnp.uint32) * _TURN
-    return _scattered(shape, rows) + phase
+    return _scattered(shape) + phase
 
 
 def random_thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, seed: jax.Array) -> jax.Array:
@@ -72,11 +66,10 @@ def to_dtype(x: jax.Array, dtype: jax.typing.DTypeLike, threshold: jax.Array) ->
       >>> print(sorted(set(rounded.tolist())), f"{(rounded > 1).mean():.2f}")
       [1.0, 1.0078125] 0.12
     """
-    return _to_dtype(x, jnp.dtype(dtype), threshold)
+    return straight_through(_to_neighbour(x, jnp.dtype(dtype), threshold), x)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _to_dtype(x, dtype, threshold):
+def _to_neighbour(x, dtype, threshold):
     limits = jnp.finfo(dtype)
     if limits.bits >= 32:
         return x.astype(dtype)
@@ -93,11 +86,6 @@ def _to_dtype(x, dtype, threshold):
     return jnp.where(jnp.isnan(x), x, rounded).astype(dtype)
 
 
-@_to_dtype.defjvp
-def _to_dtype_jvp(dtype, primals, tangents):
-    return _to_dtype(primals[0], dtype, primals[1]), tangents[0].astype(dtype)
-
-
 def mixed(x: jax.Array) -> jax.Array:
     """A hash of uint32, one to one: a bit that differs changes about half of the bits."""
     x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
@@ -105,14 +93,9 @@ def mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 15)
 
 
-def _scattered(shape, rows=None):
+def _scattered(shape):
     """A hash of each element's index in the whole array."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
-        factor = np.uint32(_AXES[axis % len(_AXES)])
-        if axis == 0 and rows is not None:
-            along = jax.lax.broadcast_in_dim(rows.astype(jnp.uint32), shape, (0,))
-        else:
-            along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        index += along * factor
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(_AXES[axis % len(_AXES)])
     return index

@@ -38,15 +38,11 @@ and crosses the bus twice in each::
         ...
 """
 
-from functools import partial
-
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rmsprop_jax._leaves import leaf_name
-from rmsprop_jax._states import is_stored
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, leaf_name
 
 __all__ = ["state_sharding"]
 
@@ -98,21 +94,19 @@ def state_sharding(
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
-    def of_leaf(path, leaf):
+    def of_array(path, x):
         # A state holds a copy of the parameters' tree, whose paths are then the ends of its own.
         for start in range(len(path) + 1):
-            shape, spec = known.get(path[start:], (None, ()))
-            # An accumulator may lack its parameter's last dimensions: one number for each row.
-            if shape is not None and leaf.shape == shape[: len(leaf.shape)]:
-                return jax.tree.map(partial(of_array, shape, spec), leaf)
-        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), leaf)
+            shape, spec = known.get(path[start:], ((), ()))
+            # An accumulator may lack its parameter's last dimensions, as one number for each row does, or
+            # have size 1 where it is a mean over a dimension.
+            sizes = list(zip(x.shape, shape, strict=False))
+            if x.ndim <= len(shape) and x.ndim > 0 and all(n in (m, 1) for n, m in sizes):
+                spec = tuple(s if n == m else None for s, (n, m) in zip(spec, sizes, strict=False))
+                return NamedSharding(mesh, _split(x.shape, spec, mesh, axis))
+        return NamedSharding(mesh, PartitionSpec())
 
-    def of_array(shape, spec, x):
-        # Or be means over a dimension, whose size is 1.
-        spec = tuple(s if n == size else None for s, n, size in zip(spec, x.shape, shape, strict=False))
-        return NamedSharding(mesh, _split(x.shape, spec, mesh, axis))
-
-    return jax.tree_util.tree_map_with_path(of_leaf, jax.eval_shape(tx.init, params), is_leaf=is_stored)
+    return jax.tree_util.tree_map_with_path(of_array, jax.eval_shape(tx.init, params))
 
 
 def _spec(path, param, mesh):

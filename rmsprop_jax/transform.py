@@ -3,18 +3,30 @@
 The rule itself is in `_rule.py`.
 """
 
-import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rmsprop_jax import _checks, accumulators
-from rmsprop_jax._dtypes import dtype_of, full_like, is_array_like, real, wide
-from rmsprop_jax._export import register_optax_states
-from rmsprop_jax._leaves import flatten_matching, leaf_name, leaf_numbers
-from rmsprop_jax._rule import Settings, Transformation, rule
-from rmsprop_jax._states import ScaleByRmsState, is_ours, refusal
+from rmsprop_jax._dtypes import dtype_of, is_array_like, is_wide, real, wide
+from rmsprop_jax._parts import Transformation
+from rmsprop_jax._rule import Settings, rule
+from rmsprop_jax._tree import (
+    ScaleByRmsState,
+    fitted_box,
+    is_box,
+    is_none,
+    is_ours,
+    leaf_name,
+    leaf_numbers,
+    refusal,
+    tree_mismatch,
+    unboxed,
+)
+from rmsprop_jax._xla import full_like
+from rmsprop_jax.accumulators._base import nu_of, stored_like
 
 __all__ = ["scale_by_rms"]
 
@@ -81,7 +93,7 @@ def scale_by_rms(
       Graves, `Generating Sequences With Recurrent Neural Networks
       <https://arxiv.org/abs/1308.0850>`_, 2013
     """
-    stored_by = accumulators.named(accumulator)
+    stored_by = accumulators.resolve(accumulator)
     settings = Settings(
         decay=_checks.decay("decay", decay),
         eps=_checks.precise_number("eps", eps),
@@ -96,35 +108,29 @@ def scale_by_rms(
         raise ValueError(f"Invalid {initial_scale=}: bias_correction corrects a start from 0.")
 
     def init_fn(params):
-        register_optax_states()
         dtypes = jax.tree_util.tree_map_with_path(_accumulator_dtype, params)
-        leaf = itertools.count()
-
-        def start(p, dtype):
-            where = accumulators.thresholds_of(next(leaf), 0)
-            return stored_by.init(p, initial_scale, real(dtype), where)
-
-        nu = jax.tree.map(start, params, dtypes)
+        leaves = zip(jax.tree.leaves(params), jax.tree.leaves(dtypes), strict=True)
+        stored = [
+            stored_by.init(p, initial_scale, real(dtype), accumulators.thresholds_of(leaf, 0))
+            for leaf, (p, dtype) in enumerate(leaves)
+        ]
         mu = jax.tree.map(lambda p, dtype: full_like(p, 0, dtype), params, dtypes) if centered else None
-        count = jnp.zeros([], jnp.int32)
-        return ScaleByRmsState(count, nu, mu, accumulator=accumulators.unnamed(stored_by))
+        return ScaleByRmsState(jnp.zeros([], jnp.int32), _initial_nu(stored_by, params, stored), mu)
 
-    def update_fn(updates, state, params=None, *, rms_rows=None, **extra_args):
+    def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        grads, treedef, nus, mus = _flatten_as_stored(updates, state, settings)
+        grads, treedef, trees, nus, mus = _flatten_as_stored(updates, state, settings)
         count = _incremented(state.count)
         now = count if bias_correction or stored_by.rounds else None
-        rows = [None] * len(nus) if rms_rows is None else treedef.flatten_up_to(rms_rows)
-        places = list(zip(leaf_numbers(nus), rows, strict=True)) if stored_by.rounds else [None] * len(nus)
+        numbers = leaf_numbers(nus) if stored_by.rounds else [None] * len(nus)
         results = [
-            (None, nu, mu) if g is None else rule(g, nu, mu, place, now, settings)
-            for g, nu, mu, place in zip(grads, nus, mus, places, strict=True)
+            (None, nu, mu) if g is None else rule(g, nu, mu, number, now, settings)
+            for g, nu, mu, number in zip(grads, nus, mus, numbers, strict=True)
         ]
         us, nus, mus = zip(*results, strict=True) if results else ((), (), ())
-        state = state._replace(
-            count=count, nu=treedef.unflatten(nus), mu=treedef.unflatten(mus) if centered else None
-        )
-        return treedef.unflatten(us), state
+        nu = nu_of(stored_by, map(jax.tree.structure, trees), nus)
+        mu = treedef.unflatten(mus) if centered else None
+        return treedef.unflatten(us), ScaleByRmsState(count, nu, mu)
 
     return Transformation(init_fn, update_fn, settings, ["centered"] if centered else [])
 
@@ -133,31 +139,92 @@ def scale_by_rms(
 _incremented = jax.jit(optax.safe_increment, inline=True)
 
 
+def _initial_nu(accumulator, params, stored):
+    """`nu` from what is stored for each parameter; Flax's boxes name no axis over which they hold a mean."""
+    treedef = jax.tree.structure(params)
+    nu = nu_of(accumulator, [treedef] * (len(accumulator.parts) or 1), stored)
+    if not accumulator.parts:
+        return nu
+    fit = partial(jax.tree.map, fitted_box, is_leaf=is_box)
+    return accumulator.joined(tuple(fit(tree, params) for tree in accumulator.trees(nu)))
+
+
 def _flatten_as_stored(grads, state, settings):
-    """`flatten_matching` of gradients and a state, which has to be one that `settings` make.
+    """Flattens gradients and state together: leaves and treedef, `nu`'s trees, and leaves of `nu` and `mu`.
 
     Raises:
-      ValueError: for a state of another setting, naming both and what converts it.
+      ValueError: for a state of another setting, naming both and the call that converts it, and for gradients
+        that do not fit the state, naming the first leaf.
     """
     if not is_ours(state):
         raise ValueError(refusal(state))
     if settings.centered != (state.mu is not None) and jax.tree.leaves(state.nu):
         raise ValueError(f"Invalid state: it was initialised with centered={not settings.centered}.")
-    leaves, treedef, nus, mus = flatten_matching(grads, state.nu, state.mu)
     accumulator = settings.accumulator
-    is_told = state.accumulator == accumulators.unnamed(accumulator)
-    for g, nu in zip(leaves, nus, strict=True):
-        if g is not None and not (is_told and accumulator.fits(nu)):
-            found, expected = state.accumulator or accumulators.kind_of(nu), accumulators.title(accumulator)
-            raise ValueError(
-                f"Invalid state: its nu is stored as {found}, this optimizer stores it as {expected}. "
-                f"accumulators.convert(state, {expected!r}, source={found!r}) converts it, with another "
-                "source where a file did not say what its codes are."
+    leaves, treedef = jax.tree.flatten(grads, is_leaf=is_none)
+    if (trees := accumulator.trees(state.nu)) is None:
+        raise ValueError(_of_another(state, accumulator))
+    try:
+        nus = [_flatten_up_to(treedef, grads, tree) for tree in trees]
+        mus = [None] * len(leaves) if state.mu is None else treedef.flatten_up_to(state.mu)
+    except ValueError:
+        raise ValueError(_of_another(state, accumulator) or tree_mismatch(grads, trees[0])) from None
+    nus = list(zip(*nus, strict=True)) if accumulator.parts else nus[0]
+    for index, of_leaf in enumerate(zip(leaves, nus, mus, strict=True)):
+        if of_leaf[0] is not None and (problem := _mismatch(accumulator, *of_leaf)) is not None:
+            path, _ = jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_none)[index]
+            raise ValueError(_of_another(state, accumulator) or problem.format(repr(leaf_name(path))))
+    return leaves, treedef, trees, nus, mus
+
+
+def _flatten_up_to(treedef, grads, tree):
+    try:
+        return treedef.flatten_up_to(tree)
+    except ValueError:  # Flax's boxes, which differ where their axes' names do
+        return jax.tree.structure(unboxed(grads), is_leaf=is_none).flatten_up_to(unboxed(tree))
+
+
+def _of_another(state, accumulator):
+    """The error for a state whose `nu` another accumulator stores, None where it is this one."""
+    found = accumulators.stored_by(state).name
+    if found == accumulator.name:
+        return None
+    return (
+        f"Invalid state: {found!r} stores its nu, this optimizer has accumulator={accumulator.name!r}. "
+        f"accumulators.convert(state, {accumulator.name!r}) converts it."
+    )
+
+
+def _mismatch(accumulator, g, nu, mu):
+    """What is wrong with a leaf, with {} for its name; None if nothing is."""
+    shape, dtype = jnp.shape(g), dtype_of(g)
+    found, expected = nu if accumulator.parts else (nu,), stored_like(accumulator, shape)
+    shapes = [getattr(x, "shape", "None" if x is None else "a subtree") for x in found]
+    if shapes != [x.shape for x in expected]:
+        if accumulator.elementwise:
+            return f"Gradient {{}} has shape {shape}, the state was initialised for {shapes[0]}."
+        return (
+            f"Gradient {{}} has shape {shape}, for which {accumulator.name!r} stores arrays of shapes "
+            f"{[x.shape for x in expected]}, the state has {shapes}. A state that jax.vmap(tx.init) made "
+            "takes jax.vmap(tx.update)."
+        )
+    if dtype == jax.dtypes.float0:
+        return (
+            "Gradient {} has dtype float0: its parameter is not differentiable. optax.masked leaves it out."
+        )
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return f"Gradient {{}} has dtype {dtype}, expected floating or complex."
+    for x, y in zip(found, expected, strict=True):
+        if (own := dtype_of(x)) != y.dtype and not (is_wide(own) and is_wide(y.dtype)):
+            return (
+                f"Invalid state: the nu of {{}} has dtype {own}, {accumulator.name!r} stores {y.dtype}. "
+                "Restore it in the dtypes of tx.init(params)."
             )
-    for g, mu in zip(leaves, mus, strict=True):
-        if g is not None and mu is not None and wide(dtype_of(mu)) != dtype_of(mu):
-            raise ValueError(f"Invalid state: its mu is stored as {dtype_of(mu)}, expected float32 at least.")
-    return leaves, treedef, nus, mus
+    if mu is not None and jnp.iscomplexobj(g) and not jnp.iscomplexobj(mu):
+        return f"Gradient {{}} has dtype {dtype}, the state was initialised for real gradients."
+    if mu is not None and wide(dtype_of(mu)) != dtype_of(mu):
+        return f"Invalid state: the mu of {{}} has dtype {dtype_of(mu)}, expected float32 at least."
+    return None
 
 
 def _accumulator_dtype(path, param):

@@ -12,10 +12,9 @@ import optax
 
 from rmsprop_jax import rounding
 from rmsprop_jax._dtypes import dtype_of, narrow, wide
-from rmsprop_jax._leaves import leaf_name
-from rmsprop_jax._row_gradient import add as add_rows
-from rmsprop_jax._row_gradient import is_gradient, is_row_gradient, put, take
-from rmsprop_jax._types import SameTree, Tree
+from rmsprop_jax._tree import SameTree, Tree, leaf_name
+from rmsprop_jax.rows._gradient import add as add_rows
+from rmsprop_jax.rows._gradient import is_gradient, is_row_gradient, put, take
 
 __all__ = ["apply_updates"]
 

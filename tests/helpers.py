@@ -72,6 +72,12 @@ class Float16Root(accumulators.Codes):
         return jnp.square(codes.astype(jnp.float32))
 
 
+def unkeyed(nu):
+    """The parameters' tree out of a state's `nu`, without the accumulator's name, for one array each."""
+    ((name, tree),) = nu.items() if isinstance(nu, dict) and len(nu) == 1 else [(None, nu)]
+    return tree if name in {a.name for a in map(accumulators.resolve, EVERY_CODE)} else nu
+
+
 EVERY_CODE = [*CODES, Float16Root(), accumulators.Uint8(-40)]
 EVERY_SMALL = [*EVERY_CODE, *[name for name in SMALL if name not in CODES], accumulators.Factored(2)]
 
@@ -85,7 +91,7 @@ def each_accumulator_and_form(some, forms):
     """By both, but for centred ones of accumulators that refuse them."""
 
     def fits(accumulator, form):
-        return accumulators.named(accumulator).elementwise or not form.get("centered")
+        return accumulators.resolve(accumulator).elementwise or not form.get("centered")
 
     pairs = [
         (accumulator, name) for accumulator in some for name, form in forms.items() if fits(accumulator, form)

@@ -1,6 +1,7 @@
 """Accumulators in one and two bytes: their state in the company of Optax, and what XLA makes of it."""
 
 import pickle
+import re
 
 import chex
 import jax
@@ -41,8 +42,12 @@ def test_the_state_keeps_its_fields_shapes_and_dtypes(accumulator, form):
     _, after = tx.update(PARAMS, before, PARAMS)
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     assert isinstance(before[0], ScaleByRmsState)
-    stored = jax.tree.leaves(before[0].nu, is_leaf=lambda x: isinstance(x, accumulators.Stored))
-    assert [x.shape for x in stored] == [x.shape for x in jax.tree.leaves(PARAMS)]
+    numbers = jax.eval_shape(accumulators.decoded, before[0])
+    assert jax.tree.map(jnp.shape, numbers) == jax.tree.map(jnp.shape, PARAMS)
+    own = accumulators.resolve(accumulator)
+    trees = before[0].nu[own.name]
+    for tree in [trees[part] for part in own.parts] or [trees]:
+        assert jax.tree.structure(tree) == jax.tree.structure(PARAMS)
     assert not any(x.weak_type for x in jax.tree.leaves(after))
     abstract = jax.eval_shape(tx.init, PARAMS)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, before)
@@ -124,16 +129,38 @@ def test_a_state_says_what_its_codes_are(accumulator):
         )  # a step of the code
 
 
-def test_what_a_file_did_not_keep_the_caller_says():
-    own = Float16Root()
-    _, state = (tx := scale_by_rms(accumulator=own)).update(jnp.full(3, 2.0), tx.init(jnp.zeros(3)))
-    bare = ScaleByRmsState(*state)
-    with pytest.raises(ValueError, match=r"float16.*source"):
-        accumulators.convert(bare, "float32")
-    np.testing.assert_allclose(accumulators.convert(bare, "float32", source=own).nu, 0.4, rtol=2e-3)
-    chex.assert_trees_all_equal(accumulators.convert(bare, own, source=own), state)
-    with pytest.raises(ValueError, match=r"source='uint8', but nu is stored by Float16Root"):
-        accumulators.convert(state, "float32", source="uint8")
+@each_accumulator(["float32", *EVERY_SMALL])
+def test_an_accumulator_is_found_by_its_name(accumulator):
+    own = accumulators.resolve(accumulator)
+    assert accumulators.resolve(own.name) == own
+    state = scale_by_rms(accumulator=own).init({"w": jnp.zeros((3, 3))})
+    assert accumulators.stored_by(state) == own
+
+
+def test_an_accumulator_that_is_not_imported_is_named():
+    _, state = (tx := scale_by_rms(accumulator=Float16Root())).update(jnp.ones(3), tx.init(jnp.zeros(3)))
+    state = state._replace(nu={"Unknown(3)": state.nu["Float16Root()"]})
+    for use in (lambda: accumulators.convert(state, "float32"), lambda: tx.update(jnp.ones(3), state)):
+        with pytest.raises(ValueError, match=r"'Unknown\(3\)' stores its nu.*Import"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["uint8", "bfloat16", "factored"])
+def test_a_parameter_may_have_the_name_of_an_accumulator(name):
+    """Its float32 numbers are those of the parameter, in a tree that looks like the accumulator's."""
+    tx, params = rmsprop(1.0), {name: jnp.ones(3)}
+    _, state = tx.update(params, tx.init(params))
+    assert accumulators.stored_by(state[0]) == accumulators.Float32()
+    np.testing.assert_allclose(accumulators.decoded(state[0])[name], 0.1, rtol=1e-6)
+    small = accumulators.convert(state, "uint8")
+    np.testing.assert_allclose(accumulators.decoded(small[0])[name], 0.1, rtol=0.19)  # a step of the code
+    rmsprop(1.0, accumulator="uint8").update(params, small)
+
+
+@pytest.mark.parametrize("tree", [{}, (optax.EmptyState(),), {"w": jnp.ones(2)}, optax.adam(0.1).init(jnp.ones(2))])
+def test_a_tree_without_a_state_is_not_converted(tree):
+    with pytest.raises(ValueError, match=r"Invalid state: there is no ScaleByRmsState in this"):
+        accumulators.convert(tree, "uint8")
 
 
 # A state of one setting in an optimizer of another. Taken without a word, the steps were wrong by 1.4 to 40.
@@ -150,10 +177,12 @@ def test_a_state_of_another_accumulator_is_refused(made, used):
     if made == used:
         user.update(g, state)
         return
-    with pytest.raises(ValueError, match=r"nu is stored as .*, this optimizer stores.*convert") as error:
+    names = [accumulators.resolve(accumulator).name for accumulator in (made, used)]
+    with pytest.raises(ValueError, match="stores its nu, this optimizer has accumulator=") as error:
         jax.jit(user.update)(g, state)
-    assert all(str(accumulator) in str(error.value) for accumulator in (made, used))
-    updates, _ = user.update(g, accumulators.convert(state, used))
+    assert all(f"'{name}'" in str(error.value) for name in names)
+    advice = re.search(r"accumulators\.convert\(state, '.*?'\)", str(error.value))[0]
+    updates, _ = user.update(g, eval(advice))  # the message's own words
     np.testing.assert_allclose(updates["w"], -2 / np.sqrt(0.9 * 0.4 + 0.4), rtol=0.15)
 
 
@@ -164,7 +193,7 @@ def test_a_state_that_was_cast_is_refused(part):
     tx = rmsprop(1.0, centered=True, momentum=0.9)
     state = tx.init(g)
     cast = optax.tree.set(state, **{part: optax.tree.cast(optax.tree.get(state, part), jnp.bfloat16)})
-    with pytest.raises(ValueError, match=r"stored as bfloat16, .*float32"):
+    with pytest.raises(ValueError, match=r"bfloat16, .*float32"):
         tx.update(g, cast)
 
 
@@ -181,6 +210,14 @@ def test_momentum_in_the_state_and_in_the_optimizer_go_together(made, message):
     g = jnp.ones(3)
     with pytest.raises(ValueError, match=message):
         rmsprop(1.0, momentum=0.9 if made is None else None).update(g, rmsprop(1.0, momentum=made).init(g))
+
+
+def test_the_learning_rate_before_or_after_the_buffer_goes_with_the_state():
+    g = jnp.ones(3)
+    for before in (True, False):
+        made, used = (rmsprop(1.0, momentum=0.9, lr_in_momentum=x) for x in (before, not before))
+        with pytest.raises(ValueError, match=rf"Invalid lr_in_momentum: lr_in_momentum={not before}, .*made with"):
+            used.update(g, made.init(g))
 
 
 @pytest.mark.parametrize("bad", ["int8", None, Float16Root, 3.0, jnp.uint8])

@@ -18,41 +18,41 @@ FILES = {
 }
 
 
-def imports(path):
+def imports(name):
     """The package's own modules that a file imports, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
             continue
-        for name in names:
-            module = name.removeprefix("rmsprop_jax.")
-            if module != name and module in FILES:
-                yield module
+        for imported in (imported.removeprefix("rmsprop_jax.") for imported in names):
+            yield from {imported, f"{imported}.__init__"} & FILES.keys()
 
 
-def layers():
-    """CONTRIBUTING.md's table, from the ground up: a file imports only from lines above its own."""
+def floors():
+    """CONTRIBUTING.md's table: the line of each file, or of its folder; the package itself is above all."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| (.*?) \|", text, re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
-    return {module: int(number) for number, cell in rows for module in re.findall(r"`([\w.]+)`", cell)}
-
-
-def test_every_file_has_its_layer():
-    assert set(layers()) == {name for name in FILES if not name.endswith("__init__")}
+    lines = re.findall(r"^\| (\d+) \| (.*?) \|", text, re.MULTILINE)
+    assert [int(number) for number, _ in lines] == list(range(1, len(lines) + 1))
+    of = {place: int(number) for number, cell in lines for place in re.findall(r"`([\w./]+)`", cell)}
+    assert set(of) == {f"{name.split('.')[0]}/" if "." in name else name for name in FILES} - {"__init__"}
+    return {name: of.get(name, of.get(f"{name.split('.')[0]}/", len(lines) + 1)) for name in FILES}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_run_downwards(name):
-    of = layers()
-    own = of.get(name, max(of.values()) + 1)  # an __init__ hands names on, and stands above its folder
-    above = [module for module in imports(FILES[name]) if of.get(module, own + 1) >= own]
-    if name.endswith("__init__"):
-        above = [module for module in above if module in of and of[module] > own]
-    assert not above
+    of = floors()
+    assert not [imported for imported in imports(name) if of[imported] > of[name]]
+
+
+def test_there_is_no_circle():
+    below = {name: set(imports(name)) for name in FILES}
+    while free := [name for name, imported in below.items() if not imported & below.keys()]:
+        for name in free:
+            del below[name]
+    assert not below
 
 
 def test_no_file_is_long():

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from rmsprop_jax import scale_by_rms
-from rmsprop_jax._states import is_rms_state, map_rms_states, raw_moment, rms_states, variance
+from rmsprop_jax._tree import is_rms_state, map_rms_states, raw_moment, rms_states, variance
 
 PARAMS = {"fc": {"kernel": jnp.ones((5, 3)), "bias": jnp.ones(3)}}
 

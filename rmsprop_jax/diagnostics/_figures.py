@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rmsprop_jax import accumulators
 from rmsprop_jax._dtypes import abs_sq, real, times, wide
 from rmsprop_jax._rule import Settings
-from rmsprop_jax._states import variance
+from rmsprop_jax._tree import variance
 
 Figures = dict[str, jax.Array]  # by the layer's name
 
@@ -78,7 +78,6 @@ class _Layer:
         self.step, self.settings, self.axes = step, settings, axes
         # Rounded to nearest, unless this package stores it.
         self.stored = None if ours else self._sample(nu)
-        nu = accumulators.numbers(nu, accumulator) if ours else nu
         self.g, self.u, self.p, self.nu, self.mu = _in_one_precision(g, u, p, nu, mu)
         if mu is not None and not ours:
             self.nu = variance(self.nu, self.mu)  # Optax's is the raw moment

@@ -10,12 +10,10 @@ import numpy as np
 import optax
 
 from rmsprop_jax import _checks, accumulators
-from rmsprop_jax._leaves import array_of, named_leaves
-from rmsprop_jax._row_gradient import is_gradient, is_row_gradient
 from rmsprop_jax._rule import Settings
-from rmsprop_jax._states import is_ours, is_stored, rms_states
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, array_of, is_ours, named_leaves, rms_states
 from rmsprop_jax.diagnostics._figures import FIELDS, Measurement, figures
+from rmsprop_jax.rows._gradient import is_gradient, is_row_gradient
 
 
 def measure(
@@ -90,7 +88,7 @@ def settings_of(tx: Any, decay: Any, eps: Any, eps_in_sqrt: Any, accumulator: An
     if eps_in_sqrt is not None:
         given["eps_in_sqrt"] = _checks.flag("eps_in_sqrt", eps_in_sqrt)
     if accumulator is not None:
-        given["accumulator"] = accumulators.named(accumulator)
+        given["accumulator"] = accumulators.resolve(accumulator)
     settings = getattr(tx, "settings", None)
     if settings is None:
         if decay is None:
@@ -102,7 +100,7 @@ def settings_of(tx: Any, decay: Any, eps: Any, eps_in_sqrt: Any, accumulator: An
     for name, value in given.items():
         known = getattr(settings, name)
         if name == "accumulator":
-            differ, value, known = value != known, accumulators.title(value), accumulators.title(known)
+            differ, value, known = value != known, value.name, known.name
         else:
             differ = _differ(value, known)
         if differ:
@@ -144,12 +142,12 @@ def accumulators_of(state: Tree) -> dict[str, Accumulators]:
     for node in nodes:
         mu = named_leaves(getattr(node, "mu", None))
         count = array_of(node.count) if "count" in node._fields else None
-        for name, nu in named_leaves(node.nu, is_stored).items():
+        numbers = accumulators.decoded(node) if is_ours(node) else node.nu
+        for name, nu in named_leaves(numbers).items():
             if name in found:
                 raise ValueError(f"Invalid state: it has two accumulators for layer {name!r}.")
             if 0 not in nu.shape:
-                how = is_ours(node), getattr(node, "accumulator", None)
-                found[name] = Accumulators(nu, mu.get(name), *how, count)
+                found[name] = Accumulators(nu, mu.get(name), is_ours(node), None, count)
     return found
 
 

@@ -9,10 +9,8 @@ import numpy as np
 import optax
 
 from rmsprop_jax import _checks, accumulators
-from rmsprop_jax._dtypes import ordered_after
-from rmsprop_jax._leaves import array_of
-from rmsprop_jax._states import refusal
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, array_of, refusal
+from rmsprop_jax._xla import ordered_after
 from rmsprop_jax.diagnostics._figures import FIELDS, Measurement, varying_axes
 from rmsprop_jax.diagnostics._measure import accumulators_of, by_name, columns_of, settings_of
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree
 from rmsprop_jax.interop._arrays import as_numpy, whole_number
 from rmsprop_jax.interop._moments import Moments, count_reasons, filled, moments_of, older, shapes_of
 from rmsprop_jax.interop._names import Names, by_paths, nearest, paths

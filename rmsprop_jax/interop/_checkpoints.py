@@ -11,8 +11,6 @@ The second and third are those of `torch.distributed.checkpoint` and FSDP. Light
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from rmsprop_jax.interop._arrays import whole_number
 from rmsprop_jax.interop._names import bare
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree
 from rmsprop_jax.interop._carry import carry, outward, raise_if
 from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
 from rmsprop_jax.interop._names import Names

@@ -13,9 +13,7 @@ import optax
 
 from rmsprop_jax import accumulators
 from rmsprop_jax._dtypes import dtype_of
-from rmsprop_jax._leaves import leaf_name, named_leaves
-from rmsprop_jax._states import is_ours, is_rms_state, raw_moment, variance
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, is_ours, is_rms_state, leaf_name, named_leaves, raw_moment, variance
 from rmsprop_jax.interop._arrays import as_numpy, cast, placed
 
 

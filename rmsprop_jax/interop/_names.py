@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsprop_jax._leaves import named_leaves
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, named_leaves
 
 Names = Mapping[str, str | tuple[str, Sequence[int]]]
 

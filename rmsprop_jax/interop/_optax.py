@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree
 from rmsprop_jax.interop._arrays import placed
 from rmsprop_jax.interop._carry import Source, carry
 from rmsprop_jax.interop._moments import Moments, is_multi_steps, moments_of
@@ -46,7 +46,7 @@ def from_optax(
       >>> _, state = theirs.update(jnp.array([2.0, 4.0]), theirs.init(jnp.zeros(2)))
       >>> ours = rmsprop(0.1, decay=0.75, accumulator="bfloat16")
       >>> print(interop.from_optax(state, ours.init(jnp.zeros(2)), count=1)[0])
-      ScaleByRmsState(count=Array(1, dtype=int32), nu=Array([1, 4], dtype=bfloat16), mu=None)
+      ScaleByRmsState(count=Array(1, dtype=int32), nu={'bfloat16': Array([1, 4], dtype=bfloat16)}, mu=None)
     """
     state = _accumulated(state, optax_state)
     return carry(state, None, None, OptaxSource(optax_state), count=count, strict=strict, report=report)

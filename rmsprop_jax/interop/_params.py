@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rmsprop_jax._leaves import leaf_name
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, leaf_name
 from rmsprop_jax.interop._arrays import placed
 from rmsprop_jax.interop._carry import Source, matched
 from rmsprop_jax.interop._files import Tensors, load

@@ -41,8 +41,8 @@ class Report(NamedTuple):
             parts.append(f"Left behind: {_listed(self.left_behind)}.")
         if self.older:
             parts.append(
-                f"The count of {self.updates} updates holds for {_listed(self.older)} too: first steps are up "
-                "to 1/sqrt(1 - decay) times too long with bias_correction, and a warm-up is over. A part of "
+                f"The count of {self.updates} updates holds for {_listed(self.older)} too: first steps are "
+                "up to 1/sqrt(1 - decay) times too long with bias_correction, a warm-up is over. A part of "
                 "optax.partition, as resume_torch(new_group=) makes one, has a count that starts at 0."
             )
         if self.groups:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax import conventions
-from rmsprop_jax._leaves import leaf_name
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree, leaf_name
 from rmsprop_jax.interop._arrays import as_numpy
 from rmsprop_jax.interop._carry import carry
 from rmsprop_jax.interop._checkpoints import Order, stepped

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rmsprop_jax._types import Tree
+from rmsprop_jax._tree import Tree
 from rmsprop_jax.interop._carry import Source, buffer_factor, carry, outward
 from rmsprop_jax.interop._checkpoints import Order, entries_of, groups_in_doubt, stepped
 from rmsprop_jax.interop._files import Tensors, load

@@ -1,62 +1,4 @@
-"""RMSProp for embedding tables: gradients, accumulators and updates of the touched rows only.
-
-A step that looks up n rows has a gradient that is zero everywhere else. The dense rule reads and writes the
-whole table all the same; but where g = 0 it does not move the parameter, and the accumulator just decays::
-
-    nu_t = decay^(t - s) * nu_s                               a row last touched by update s
-    p_t  = p_s
-
-So `exact` stores s for each row, in `last`, and catches `nu` up when the row is touched again: the dense
-trajectory, at a cost that does not depend on the table's size. Momentum, centring and weight decay move rows
-whose gradient is zero; with those, `lazy` does what TensorFlow and Sonnet do: rows that are not touched
-neither move nor decay. It takes any optimizer whose state follows its parameters, `optax.adam` too.
-
-A training step, with `tables` one table or a tree of them, and `params` everything else; the loss
-is `loss_fn(rows, params, batch)`::
-
-    tx = optax.partition({"rows": rows.exact(rmsprop(1e-2)), "dense": rmsprop(1e-2)}, ("rows", "dense"))
-
-    @partial(jax.jit, donate_argnums=(0, 1, 2))    # donated: tables and state are updated in place
-    def step(tables, params, state, ids, batch):
-        loss, grads = rows.value_and_grad(loss_fn)(tables, ids, params, batch)
-        updates, state = tx.update(grads, state, (tables, params))
-        tables, params = apply_updates((tables, params), updates)
-        return tables, params, state, loss
-
-**Ids out of range**, negative ones included, are dropped: they look up zeros, and no row moves for them. They
-do not count from the end. `check_ids` finds them, outside of jit.
-
-**Flax.** Neither kind of `Embed` has to change; in the loss, the rows take the place of its lookup. NNX::
-
-    graphdef, tables, params = nnx.split(model, nnx.PathContains("embed"), ...)
-
-    def loss_fn(rows, params, tokens):
-        model = nnx.merge(graphdef, tables, params)
-        model.embed = lambda tokens: rows["embed"]["embedding"][...]
-        return loss_of(model(tokens))
-
-    ids = jax.tree.map(lambda table: tokens, tables)
-    loss, grads = rows.value_and_grad(loss_fn)(tables, ids, params, tokens)
-
-and `tx` of above, after gradient clipping, which takes tables and parameters together::
-
-    tx = optax.chain(rows.values_only(optax.clip_by_global_norm(1.0)), tx)
-
-Linen, where `lookup` is asked first at each call of a module within the model::
-
-    params = model.init(key, tokens)["params"]
-    tables = {"embed": params.pop("embed")}
-
-    def loss_fn(rows, params, tokens):
-        def lookup(next_call, args, kwargs, context):
-            is_embed = context.module.name == "embed" and context.method_name == "__call__"
-            return rows["embed"]["embedding"] if is_embed else next_call(*args, **kwargs)
-
-        with nn.intercept_methods(lookup):
-            return loss_of(model.apply({"params": params | tables}, tokens))
-
-    loss, grads = rows.value_and_grad(loss_fn)(tables, {"embed": {"embedding": tokens}}, params, tokens)
-"""
+"""Optimizers on the touched rows of tables: `exact` and `lazy`."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -66,24 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax._dtypes import full_like, narrow, ordered_after
-from rmsprop_jax._leaves import flatten_matching, named_leaves
-from rmsprop_jax._lookup import check_ids, value_and_grad
-from rmsprop_jax._row_gradient import RowGradient, check_row_sparse, map_gradients, put, take
-from rmsprop_jax._states import is_stored, map_rms_states, rms_states
-from rmsprop_jax._values import global_norm, values_only
-from rmsprop_jax.accumulators import title
-
-__all__ = [
-    "RowGradient",
-    "RowsState",
-    "check_ids",
-    "exact",
-    "global_norm",
-    "lazy",
-    "value_and_grad",
-    "values_only",
-]
+from rmsprop_jax._dtypes import narrow
+from rmsprop_jax._tree import is_none, map_rms_states, named_leaves, rms_states, tree_mismatch
+from rmsprop_jax._xla import full_like, ordered_after
+from rmsprop_jax.rows._gradient import RowGradient, check_row_sparse, map_gradients, put, take
 
 
 @partial(jax.export.register_namedtuple_serialization, serialized_name="rmsprop_jax.RowsState")
@@ -138,15 +66,15 @@ def exact(tx: optax.GradientTransformation) -> optax.GradientTransformationExtra
             "Invalid tx: rows.exact has to know its decay, as of this package's rmsprop and conventions, not "
             "inside Optax's chains. rows.lazy takes any optimizer."
         )
-    if tx.moves_all:
+    if tx.moves_untouched_rows_by:
         raise ValueError(
-            f"Invalid {tx.moves_all[0]}: it moves or changes rows whose gradient is zero, and rows.exact "
-            "could not skip those. rows.lazy leaves untouched rows as they are, as TensorFlow does."
+            f"Invalid {tx.moves_untouched_rows_by[0]}: it moves or changes rows whose gradient is zero, and "
+            "rows.exact could not skip those. rows.lazy leaves untouched rows alone, as TensorFlow does."
         )
     _check_elementwise(settings.accumulator)
     if settings.accumulator.rounds:
         raise ValueError(
-            f"Invalid accumulator: rows.exact cannot round {title(settings.accumulator)!r} as each missed "
+            f"Invalid accumulator: rows.exact cannot round {settings.accumulator.name!r} as each missed "
             "update would have. rows.lazy takes it, where there is none."
         )
     return _on_touched_rows(tx, settings.decay)
@@ -188,7 +116,7 @@ def lazy(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
 def _check_elementwise(accumulator):
     if not accumulator.elementwise:
-        raise ValueError(_whole_table(title(accumulator)))
+        raise ValueError(_whole_table(accumulator.name))
 
 
 def _whole_table(accumulator):
@@ -218,7 +146,7 @@ def _on_touched_rows(tx, decay=None):
 
         # That state with the rows' indices in place of its copies of the tables' tree, and None for all else.
         def indices_for(copy):
-            flatten_matching(shapes, copy, None)
+            _check_fits(shapes, copy)
             return indices
 
         where = _of_each_copy(tx, indices_for, state.dense)
@@ -235,7 +163,7 @@ def _on_touched_rows(tx, decay=None):
             touched = map_rms_states(caught_up, touched)
         if params is not None:
             params = map_gradients(lambda i, p: take(p, i), indices, params)
-        steps, touched = tx.update(values, touched, params, **extra_args, rms_rows=indices)
+        steps, touched = tx.update(values, touched, params, **extra_args)
         steps = map_gradients(
             lambda g, i, u: RowGradient(i, narrow(u, g.dtype), g.num_rows), updates, indices, steps
         )
@@ -274,13 +202,27 @@ def _decayed(decay, steps, nu):
 def _check_follows(params, copy):
     """`copy`, a tree in the state, has for each parameter an array of the parameter's shape."""
     shapes = {name: jnp.shape(x) for name, x in named_leaves(params).items()}
-    for name, x in named_leaves(copy, is_stored).items():
-        if is_stored(x):
-            raise ValueError(_whole_table(x.kind))
+    for name, x in named_leaves(copy).items():
         if jnp.shape(x) != shapes.get(name):
             raise ValueError(
                 f"Invalid tx: its state for parameter {name!r} of shape {shapes.get(name)} has shape "
-                f"{jnp.shape(x)}. rows.lazy takes optimizers whose state follows its parameters."
+                f"{jnp.shape(x)}. rows.lazy takes optimizers whose state follows its parameters, not "
+                "'factored' accumulators or Adafactor."
+            )
+
+
+def _check_fits(grads, copy):
+    """Raises ValueError unless `copy`, a tree in the state, has the gradients' tree and shapes."""
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(grads, is_leaf=is_none)
+    try:
+        arrays = treedef.flatten_up_to(copy)
+    except ValueError:
+        raise ValueError(tree_mismatch(grads, copy)) from None
+    for name, g, x in zip(named_leaves(grads, is_none), leaves, arrays, strict=True):
+        if g is not None and g.shape != (expected := getattr(x, "shape", "a subtree")):
+            raise ValueError(
+                f"Gradient {name!r} has shape {g.shape}, the state was initialised for {expected}."
             )
 
 

@@ -13,51 +13,27 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from rmsprop_jax._accumulator import Accumulator, Float32, Thresholds, is_wide
-from rmsprop_jax._dtypes import full_like
-from rmsprop_jax._states import Stored
-
-
-class _Means(NamedTuple):
-    row_mean: jax.Array
-    column_mean: jax.Array
-
-
-class FactoredMoments(_Means, Stored):
-    """A parameter's `nu` as :class:`Factored` stores it. Both arrays have the parameter's rank.
-
-    Attributes:
-      row_mean: of each row, that is over the last of the two dimensions, where its size is 1.
-      column_mean: of each column, that is over the first of the two dimensions, where its size is 1.
-    """
-
-    kind: ClassVar[str | None] = "factored"
-
-    @property
-    def over(self) -> tuple[int, int]:
-        """The dimension that `row_mean` is a mean over, and the one that `column_mean` is."""
-        sizes = list(enumerate(zip(self.row_mean.shape, self.column_mean.shape, strict=True)))
-        return (
-            next(axis for axis, (row, column) in sizes if row == 1 and column != 1),
-            next(axis for axis, (row, column) in sizes if column == 1 and row != 1),
-        )
-
-
-jax.export.register_namedtuple_serialization(FactoredMoments, serialized_name="rmsprop_jax.FactoredMoments")
+from rmsprop_jax._division import quotient
+from rmsprop_jax._xla import full_like
+from rmsprop_jax.accumulators._base import Accumulator, Float32, Stored, Thresholds
 
 
 @dataclass(frozen=True)
 class Factored(Accumulator):
-    """Means over rows and columns, for parameters of two dimensions or more; others as float32.
+    """Means over rows and columns, for parameters of two dimensions or more; others are stored as float32.
 
     The two largest dimensions are rows and columns; of equal ones, the last. Along all others each index has
-    means of its own. A parameter with one of the two below `min_dim` is stored as float32 is: it has not much
-    to save.
+    means of its own. A parameter with one of the two below `min_dim` is stored as it is.
+
+    In a state, ``{"factored": {"row_mean": tree, "column_mean": tree}}`` are two trees of the parameters'
+    structure, of arrays of the parameter's rank. `row_mean` has size 1 on the last of the two dimensions,
+    `column_mean` on the first. A parameter that is not factored stands whole in `row_mean`, and has a zero of
+    shape (1,) in `column_mean`.
 
     Means are shared: a NaN in a gradient stays in all of its parameter's `nu`, and an infinity leaves its row
     and its column large. :func:`optax.apply_if_finite` skips such steps. In `jax.shard_map` the part that a
@@ -69,15 +45,16 @@ class Factored(Accumulator):
 
     min_dim: int = 128
 
-    kind: ClassVar[str | None] = "factored"
+    parts: ClassVar[tuple[str, ...]] = ("row_mean", "column_mean")
     elementwise: ClassVar[bool] = False
+    _title: ClassVar[str | None] = "factored"
 
     def __post_init__(self) -> None:
         if not isinstance(self.min_dim, int) or self.min_dim < 2:
             raise ValueError(f"Invalid {self.min_dim=}, expected an integer, 2 or more.")
 
     def over(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
-        """The dimensions to take means over, see `FactoredMoments`; None for a shape that is not factored."""
+        """The dimensions that `row_mean` and `column_mean` are means over; None for a shape not factored."""
         if len(shape) < 2:
             return None
         # Of two there is nothing to compare, so that `jax.export` may leave a size open.
@@ -91,51 +68,65 @@ class Factored(Accumulator):
         value: jax.typing.ArrayLike,
         dtype: jax.typing.DTypeLike,
         thresholds: Thresholds,
-    ) -> Any:
+    ) -> Stored:
         over = self.over(jnp.shape(param))
         if over is None:
-            return full_like(param, value, dtype)
-        return FactoredMoments(*(full_like(_summed(param, axis), value, dtype) for axis in over))
+            return _whole(full_like(param, value, dtype))
+        return tuple(full_like(_summed(param, axis), value, dtype) for axis in over)
 
-    def store(self, nu: jax.Array, thresholds: Thresholds) -> Any:
+    def store(self, nu: jax.Array, thresholds: Thresholds) -> Stored:
         over = self.over(nu.shape)
-        return nu if over is None else FactoredMoments(*(_mean(nu, axis) for axis in over))
+        return _whole(nu) if over is None else tuple(_mean(nu, axis) for axis in over)
 
-    def read(self, stored: Any) -> jax.Array:
-        return _product(*stored, stored.over[1]) if isinstance(stored, FactoredMoments) else stored
-
-    def fits(self, stored: Any) -> bool:
-        found = stored.over if isinstance(stored, FactoredMoments) else None
-        is_whole = found is None and Float32().fits(stored)
-        return found == self.over(stored.shape) and (is_whole or is_wide(stored.dtype))
+    def read(self, stored: Stored) -> jax.Array:
+        row, column = stored
+        axes = _averaged_axes(row, column)
+        return row if axes is None else _product(row, column, axes[1])
 
     def average(
         self,
-        old: Any,
+        old: Stored,
         g: jax.Array,
         added: Callable[[jax.Array], jax.Array],
         decay: jax.Array,
         thresholds: Thresholds,
-    ) -> tuple[Any, jax.Array]:
-        if not isinstance(old, FactoredMoments):
-            return Float32().average(old, g, added, decay, thresholds)
+    ) -> tuple[Stored, jax.Array]:
+        over = self.over(g.shape)
+        if over is None:
+            whole, nu = Float32().average(old[0], g, added, decay, thresholds)
+            return (whole, old[1]), nu
         now = added(g)
         row, column = (
             mean + decay * before.astype(now.dtype)
-            for mean, before in zip(_means(g, added, old.over), old, strict=True)
+            for mean, before in zip(_means(g, added, over), old, strict=True)
         )
-        nu = jnp.maximum(_product(row, column, old.over[1]), now)
-        return FactoredMoments(row.astype(old.row_mean.dtype), column.astype(old.column_mean.dtype)), nu
+        nu = jnp.maximum(_product(row, column, over[1]), now)
+        return (row.astype(old[0].dtype), column.astype(old[1].dtype)), nu
+
+
+def _whole(nu):
+    """A parameter that is not factored. Orbax does not save arrays without elements, so the other has one."""
+    return nu, jnp.zeros(1, nu.dtype)
+
+
+def _averaged_axes(row, column):
+    """The dimension that `row` is a mean over, and the one of `column`; None for a parameter stored whole."""
+    if row.ndim != column.ndim:
+        return None
+    sizes = list(enumerate(zip(row.shape, column.shape, strict=True)))
+    over_last = [axis for axis, (n, m) in sizes if n == 1 and m != 1]
+    over_first = [axis for axis, (n, m) in sizes if m == 1 and n != 1]
+    return (over_last[0], over_first[0]) if over_last and over_first else None
 
 
 def _summed(param, axis):
-    """An array, or a `jax.ShapeDtypeStruct`, that is sharded as a mean over `axis` is."""
+    """An array, or a `jax.ShapeDtypeStruct`, with the sharding of a mean over `axis`."""
     summed = partial(jnp.sum, axis=axis, keepdims=True)
     return jax.eval_shape(summed, param) if isinstance(param, jax.ShapeDtypeStruct) else summed(param)
 
 
 def _means(g, added, over):
-    """Of added(g)."""
+    """The means of added(g) over each of two dimensions."""
 
     def whole(g):
         now = added(g)
@@ -180,25 +171,11 @@ def _means_in_blocks(added, over, g):
 
 
 def _mean(x, axis):
-    """Of finite numbers a finite one: divided before they are summed, as 32 squares may reach 2^129."""
+    """The mean over `axis`. It divides first, since the sum of 32 squares may reach 2^129."""
     return jnp.sum(x * (1 / jnp.asarray(x.shape[axis]).astype(x.dtype)), axis, keepdims=True)
 
 
 def _product(row, column, axis):
     """row * column / mean(row), finite. In this order nothing overflows on the way: row <= n * mean."""
-    nu = _quotient(row, _mean(row, axis)) * column
+    nu = quotient(row, _mean(row, axis)) * column
     return jnp.minimum(nu, float(jnp.finfo(nu.dtype).max))
-
-
-@jax.custom_jvp
-def _quotient(x, mean):
-    """x / mean, where the mean is 0 x itself."""
-    return x / jnp.where(mean == 0, 1, mean)
-
-
-@_quotient.defjvp
-def _quotient_jvp(primals, tangents):
-    """(dx - x / mean * dmean) / mean: nothing is squared, so that nothing overflows."""
-    (x, mean), (dx, dmean) = primals, tangents
-    out = _quotient(x, mean)
-    return out, _quotient(dx - out * dmean, mean)

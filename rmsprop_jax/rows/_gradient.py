@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 from rmsprop_jax._dtypes import dtype_of, wide
-from rmsprop_jax._leaves import is_none, named_leaves
+from rmsprop_jax._tree import is_none, named_leaves
 
 if TYPE_CHECKING:
     from jax.experimental.sparse import BCOO

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax._dtypes import narrow
-from rmsprop_jax._leaves import named_leaves
-from rmsprop_jax._row_gradient import RowGradient, is_row_gradient, map_gradients, take
-from rmsprop_jax._types import Tree
+from rmsprop_jax._dtypes import dtype_of, narrow
+from rmsprop_jax._tree import Tree, named_leaves
+from rmsprop_jax.rows._gradient import RowGradient, is_row_gradient, map_gradients, take
 
 __all__ = ["global_norm", "values_only"]
 
@@ -52,8 +51,8 @@ def values_only(tx: optax.GradientTransformation) -> optax.GradientTransformatio
       An :class:`optax.GradientTransformationExtraArgs` with the state of `tx`.
 
     Raises:
-      ValueError: in ``update``, where the values alone would not do, as with noise, weight decay and means
-        over a table. That is tried on small arrays, at trace time, and names the leaf.
+      ValueError: in ``update``, naming the leaf, where the values alone would not do, as with noise, weight
+        decay and means over a table. ``init`` finds out by trying `tx` on small arrays.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -65,13 +64,20 @@ def values_only(tx: optax.GradientTransformation) -> optax.GradientTransformatio
       [[0. 1. 0.]]
     """
     tx = optax.with_extra_args_support(tx)
-    tried = set()
+    refused: set[str] = set()
+
+    def init_fn(params):
+        refused.update(_refused(tx, params))
+        return tx.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
-        likeness = tuple((name, is_row_gradient(g), g.ndim) for name, g in _leaves(updates).items())
-        if likeness not in tried:
-            _refuse_another_result(tx, updates)
-            tried.add(likeness)
+        for name, g in named_leaves(updates, is_row_gradient).items():
+            if is_row_gradient(g) and name in refused:
+                raise ValueError(
+                    f"Invalid tx: of a row-sparse gradient it makes something else for {name!r} than of a "
+                    "dense one: it moves rows without a gradient, takes means over a table, or has a state "
+                    "for whole tables. RowGradient.to_dense makes one dense; rows.lazy is for optimizers."
+                )
         summed = _summed(updates)
         if params is not None:
             params = _rows_of(summed, params)
@@ -82,51 +88,59 @@ def values_only(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
         return map_gradients(sparse_again, summed, values, updates), state
 
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _refuse_another_result(tx, grads):
-    """Tries `tx` on small gradients of the same structure: dense ones, and the values of row-sparse ones."""
+def _refused(tx, params):
+    """The names of the parameters whose row-sparse gradients `tx` does not treat as it does dense ones."""
+    leaves, treedef = jax.tree.flatten(params)
+    tables = [len(jnp.shape(p)) > 0 for p in leaves]
+    names = list(named_leaves(params))
+    try:
+        return _differing(tx, leaves, treedef, tables)
+    except (TypeError, ValueError):  # a state for whole tables: for which of them?
+        return {name for i, name in enumerate(names) if tables[i] and _fails(tx, leaves, treedef, i)}
+
+
+def _fails(tx, leaves, treedef, table):
+    try:
+        return bool(_differing(tx, leaves, treedef, [i == table for i in range(len(leaves))]))
+    except (TypeError, ValueError):
+        return True
+
+
+def _differing(tx, leaves, treedef, tables):
+    """Tries `tx` on small gradients, row-sparse for `tables`: the names for which dense ones differ."""
     rng = np.random.default_rng(0)
 
-    def small(g, scale):
-        shape = tuple(min(size, 2) if isinstance(size, int) else 2 for size in g.shape)
-        if not is_row_gradient(g):
-            return _array(rng, scale, shape, g.dtype)
-        return RowGradient(jnp.array([4, 0, 4]), _array(rng, scale, (3, *shape[1:]), g.dtype), num_rows=5)
+    def small(p, is_table, scale):
+        shape = tuple(min(size, 2) if isinstance(size, int) else 2 for size in jnp.shape(p))
+        if not is_table:
+            return _array(rng, scale, shape, dtype_of(p))
+        return RowGradient(jnp.array([4, 0, 4]), _array(rng, scale, (3, *shape[1:]), dtype_of(p)), num_rows=5)
 
+    differing: set[str] = set()
     with jax.ensure_compile_time_eval():
         for scale in (1e-4, 1.0, 1e4):
-            sparse = map_gradients(partial(small, scale=scale), grads)
+            sparse = treedef.unflatten(map(partial(small, scale=scale), leaves, tables))
             params = map_gradients(lambda g: _array(rng, 1.0, g.shape, g.dtype), sparse)
             summed = _summed(sparse)
             expected = named_leaves(tx.update(_dense(sparse), tx.init(params), params)[0])
-            try:
-                found, _ = tx.update(_values(summed), tx.init(params), _rows_of(summed, params))
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    "Invalid tx: it cannot take the values of some rows, as its state is for whole tables. "
-                    "rows.lazy and rows.exact are for optimizers."
-                ) from error
+            found, _ = tx.update(_values(summed), tx.init(params), _rows_of(summed, params))
             found = _dense(
                 map_gradients(lambda g, u: replace(g, values=u) if is_row_gradient(g) else u, summed, found)
             )
-            for name, x in named_leaves(found).items():
-                # As far as sums in another order may differ.
-                if not np.allclose(x, expected[name], rtol=8 * float(jnp.finfo(x.dtype).eps), atol=0):
-                    raise ValueError(
-                        f"Invalid tx: of a row-sparse gradient it makes something else for {name!r} than of "
-                        "a dense one: it moves rows without a gradient, or takes means over a table. "
-                        "RowGradient.to_dense makes one dense."
-                    )
+            # As far as sums in another order may differ.
+            differing |= {
+                name
+                for name, x in named_leaves(found).items()
+                if not np.allclose(x, expected[name], rtol=8 * float(jnp.finfo(x.dtype).eps), atol=0)
+            }
+    return differing
 
 
 def _array(rng, scale, shape, dtype):
     return jnp.asarray(scale * (1 + rng.random(shape)), dtype)
-
-
-def _leaves(tree):
-    return named_leaves(tree, is_leaf=is_row_gradient)
 
 
 def _summed(tree):

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmsprop_jax._dtypes import dtype_of, ordered_after
-from rmsprop_jax._leaves import leaf_name
-from rmsprop_jax._row_gradient import RowGradient, gathered, in_range, take
+from rmsprop_jax._dtypes import dtype_of
+from rmsprop_jax._tree import leaf_name
+from rmsprop_jax._xla import ordered_after
+from rmsprop_jax.rows._gradient import RowGradient, gathered, in_range, take
 
 Params = TypeVar("Params")
 Rest = ParamSpec("Rest")
