@@ -15,12 +15,17 @@ from rmsprop_jax.interop._arrays import whole_number
 from rmsprop_jax.interop._names import bare
 
 _NESTS = ("optimizer_states", "optimizer", "optimizer_state_dict")
+_BITSANDBYTES = (
+    "bitsandbytes' (whose 'state1' is 'square_avg', where it has 'qmap1' after "
+    "bitsandbytes.functional.dequantize_blockwise(state1, absmax=absmax1, code=qmap1))"
+)
 _OTHERS = {
     "exp_avg": "Adam's",
     "exp_inf": "Adamax's",
     "acc_delta": "Adadelta's",
     "sum": "Adagrad's",
     "prev": "Rprop's",
+    **dict.fromkeys(("state1", "__bnb_optimizer_quant_state__"), _BITSANDBYTES),
 }
 
 
