@@ -37,12 +37,14 @@ class Entry(NamedTuple):
       group: the hyper-parameters of its group.
       number: of its group.
       key: by which PyTorch's `state` has it.
+      is_ordered: whether `order` named it.
     """
 
     state: Mapping[str, Any]
     group: Mapping[str, Any]
     number: int
     key: Any
+    is_ordered: bool = False
 
 
 Order = Sequence[str] | Sequence[Sequence[str]]
@@ -64,7 +66,7 @@ def entries_of(checkpoint: Any, order: Order | None = None) -> dict[str, Entry]:
     if "param_groups" not in optimizer_state:
         return _numbered(_flat(optimizer_state), order)
     groups, states = optimizer_state["param_groups"], optimizer_state["state"]
-    if not (isinstance(groups, list | tuple) and all(_is_group(group) for group in groups)):
+    if not (isinstance(groups, list | tuple) and all(_is_list(x, "params") for x in groups)):
         raise ValueError("Invalid optimizer_state: its param_groups are no list of groups with 'params'.")
     if not (isinstance(states, Mapping) and all(isinstance(x, Mapping) for x in states.values())):
         raise ValueError("Invalid optimizer_state: its 'state' is no dictionary of dictionaries.")
@@ -74,24 +76,25 @@ def entries_of(checkpoint: Any, order: Order | None = None) -> dict[str, Entry]:
         for name, key in zip(names, group["params"], strict=True):
             if name in entries:
                 raise ValueError(f"Invalid optimizer_state: it has two parameters named {name!r}.")
-            entries[name] = Entry(states.get(key, {}), settings, number, key)
+            entries[name] = Entry(states.get(key, {}), settings, number, key, _own_names(group) is None)
     return entries
 
 
-def groups_in_doubt(checkpoint: Any, entries: Mapping[str, Entry], order: Order | None) -> tuple:
+def groups_in_doubt(entries: Mapping[str, Entry], order: Order | None) -> tuple[tuple[str, ...], ...]:
     """The names by group, where `order` alone says so, and another could have been meant: `Report.groups`."""
-    groups = _unwrapped(checkpoint, "optimizer_state").get("param_groups", [])
-    if order is None or _is_by_group(order) or any(_own_names(group) for group in groups):
+    if order is None or _is_by_group(order) or not all(entry.is_ordered for entry in entries.values()):
         return ()
-    numbers: dict[tuple[int, ...], set[int]] = {}
-    for entry in entries.values():
-        if entry.state:
-            shape = getattr(entry.state.get("square_avg"), "shape", ())
-            numbers.setdefault(tuple(shape), set()).add(entry.number)
-    if all(len(of_shape) == 1 for of_shape in numbers.values()):
+    kinds = {
+        (tuple(getattr(entry.state.get("square_avg"), "shape", ())), entry.number)
+        for entry in entries.values()
+        if entry.state
+    }
+    if len({shape for shape, _ in kinds}) == len(kinds):
         return ()
-    names = [[n for n, entry in entries.items() if entry.number == i] for i in range(len(groups))]
-    return tuple(map(tuple, names))
+    names: dict[int, tuple[str, ...]] = {}
+    for name, entry in entries.items():
+        names[entry.number] = (*names.get(entry.number, ()), name)
+    return tuple(names.values())
 
 
 def stepped(entries: Mapping[str, Entry]) -> int | None:
@@ -122,11 +125,11 @@ def _unwrapped(checkpoint, place):
     if isinstance(checkpoint, list | tuple) and len(checkpoint) == 1:
         return _unwrapped(checkpoint[0], f"{place}[0]")
     if isinstance(checkpoint, Mapping):
-        prefixed = {
-            k.removeprefix("optimizer."): v for k, v in checkpoint.items() if _starts(k, "optimizer.")
-        }
-        if _is_state(prefixed):
-            return prefixed
+        prefix = "optimizer."
+        if _is_state(
+            inner := {k.removeprefix(prefix): v for k, v in checkpoint.items() if _starts(k, prefix)}
+        ):
+            return inner
         nests = [key for key in _NESTS if isinstance(checkpoint.get(key), Mapping | list | tuple)]
         if len(nests) == 1:
             return _unwrapped(checkpoint[nests[0]], f"{place}[{nests[0]!r}]")
@@ -141,8 +144,8 @@ def _is_state(x):
     )
 
 
-def _is_group(x):
-    return isinstance(x, Mapping) and isinstance(x.get("params"), list | tuple)
+def _is_list(x, key):
+    return isinstance(x, Mapping) and isinstance(x.get(key), list | tuple)
 
 
 def _starts(key, prefix):

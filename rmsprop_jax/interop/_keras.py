@@ -27,15 +27,18 @@ def from_keras(
     strict: bool = True,
     report: Reporter | None = None,
 ) -> Tree:
-    """The state of `keras.optimizers.RMSprop` (Keras 3) as this package's.
+    """The state of `keras.optimizers.RMSprop`, of Keras 3 or 2, or of TensorFlow's, as this package's.
 
     Args:
       variables: the optimizer's, ``{v.path: v.numpy() for v in optimizer.variables}``, also those of a
-        `LossScaleOptimizer` around it; or the path of a `.keras` or `.h5` file, or of a safetensors file with
-        those names.
+        `LossScaleOptimizer` around it; the path of a `.keras` or `.h5` file, or of a safetensors file with
+        those names; or a TensorFlow checkpoint's, also of `tf.compat.v1`:
+        ``{name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}`` of a
+        ``reader = tf.train.load_checkpoint(path)``, whose path in a SavedModel is ``variables/variables``.
       state: what ``init`` returns for the target optimizer, such as `conventions.keras`'s.
       params: the parameters.
-      names: from the paths of the model's variables, such as "sequential/dense/kernel", to paths in `params`.
+      names: from the paths of the model's variables, such as "sequential/dense/kernel", to paths in `params`,
+        also as a file of Keras 2 ("dense/kernel:0") or a checkpoint ("layer_with_weights-0/kernel") has them.
         Parameters it does not list are not transferred.
       order: for a `.keras` or `.weights.h5` file, in which the optimizer's variables have no names:
         ``[v.path for v in model.trainable_variables]``.
@@ -44,8 +47,7 @@ def from_keras(
         ``lr_in_momentum=False``.
       lr_in_momentum: whether the learning rate is in the buffer of the target optimizer, as in Keras's.
       count: number of updates so far, where the variables have no `iteration`.
-      strict: as for :func:`from_torch`, with Keras's frozen layers.
-      report: as for :func:`from_torch`.
+      strict, report: as for :func:`from_torch`.
 
     Returns:
       A state as `state`. Its `nu` is a variance where it is centred, at least 0.
@@ -86,8 +88,7 @@ def to_keras(
       state: this package's, inside any chain.
       variables: ``{v.path: v.numpy() for v in optimizer.variables}`` of the target optimizer, built.
       params: the parameters.
-      names: as for :func:`from_keras`.
-      learning_rate: as for :func:`from_keras`, of the next step.
+      names, learning_rate: as for :func:`from_keras`.
       lr_in_momentum: whether the learning rate is in the buffer in `state`.
 
     Returns:

@@ -28,8 +28,7 @@ def from_optax(
       count: number of updates so far. By default Optax's, which counts them where there is a schedule or bias
         correction. To be given where it does not and the target has a schedule, rounds what it stores, or
         corrects the bias; the last does not show in a state, and a count of 0 is logged.
-      strict: as for :func:`from_torch`: False leaves what only one of the two trees has.
-      report: as for :func:`from_torch`.
+      strict, report: as for :func:`from_torch`.
 
     Returns:
       A state as `state`.
@@ -98,35 +97,23 @@ class OptaxSource(Source):
 def _accumulated(state, source):
     """`state` with what each `optax.MultiSteps` in `source` has gathered."""
 
-    def of(tree):
-        return [x for x in jax.tree.leaves(tree, is_leaf=is_multi_steps) if is_multi_steps(x)]
+    def kept(x):
+        return jax.tree.map(np.shape, x.acc_grads)
 
-    theirs, ours = of(source), of(state)
-    if len(theirs) != len(ours):
+    leaves, treedef = jax.tree.flatten(state, is_leaf=is_multi_steps)
+    theirs = list(filter(is_multi_steps, jax.tree.leaves(source, is_leaf=is_multi_steps)))
+    ours = list(filter(is_multi_steps, leaves))
+    if list(map(kept, theirs)) != list(map(kept, ours)):
         if steps := [int(x.mini_step) for x in theirs if int(x.mini_step)]:
             raise ValueError(
                 f"The states do not fit: one is at mini_step {steps[0]} of optax.MultiSteps, its acc_grads "
                 "half full, and the other has no place for them: finish the update, or wrap it in one too."
             )
         return state
-    sources = iter(theirs)
-
-    def new(node):
-        if not is_multi_steps(node):
-            return node
-        other = next(sources)
-        if _shapes(other.acc_grads) != _shapes(node.acc_grads):
-            if int(other.mini_step) == 0:
-                return node
-            raise ValueError("The states do not fit: acc_grads of optax.MultiSteps are of different trees.")
-        return node._replace(
-            mini_step=placed(other.mini_step, node.mini_step),
-            gradient_step=placed(other.gradient_step, node.gradient_step),
-            acc_grads=jax.tree.map(placed, other.acc_grads, node.acc_grads),
-        )
-
-    return jax.tree.map(new, state, is_leaf=is_multi_steps)
-
-
-def _shapes(tree):
-    return jax.tree.map(np.shape, tree)
+    fields, sources = ("mini_step", "acc_grads"), iter(theirs)
+    for i, node in enumerate(leaves):
+        if is_multi_steps(node):
+            other = next(sources)
+            new = {x: jax.tree.map(placed, getattr(other, x), getattr(node, x)) for x in fields}
+            leaves[i] = node._replace(**new)
+    return jax.tree.unflatten(treedef, leaves)

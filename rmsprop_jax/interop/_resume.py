@@ -46,23 +46,20 @@ def resume_torch(
     Args:
       checkpoint: as for :func:`from_torch`, with the optimizer's `param_groups`.
       params: the parameters.
-      names: as for :func:`from_torch`.
-      order: as for :func:`from_torch`, group after group.
+      names, order, count, strict, report: as for :func:`from_torch`.
       learning_rate: in place of the groups' `lr`: a number or a schedule, which a state dict does not hold,
         or a sequence of them, one for each group. A schedule goes on at the count that is carried over.
       convention: whose RMSProp it was, such as `conventions.torch`. By default as the keys of the groups say:
         timm's has ``decoupled_decay``, PyTorch's ``foreach``; Stable-Baselines3's has neither, and PyTorch's
         before 1.12 had neither, so that these two have to be named.
       new_group: the number of the group whose hyper-parameters are taken for parameters that the checkpoint
-        does not have; needed where ``strict=False`` leaves some and groups differ.
+        does not have, with ``strict=False``. They are a part of their own, whose counts and schedules start
+        at 0; without `new_group` the run's count is theirs too. Needed where groups differ.
       ignore: keys of the groups to be ignored. The package does so with what PyTorch has for its own
         computation and its schedulers: ``foreach``, ``capturable``, ``fused``, ``initial_lr``, ...
-      count: as for :func:`from_torch`.
-      strict: as for :func:`from_torch`.
-      report: as for :func:`from_torch`.
 
     Returns:
-      The transformation, an :func:`optax.partition` where groups differ, and its state. Complex parameters
+      The transformation, an :func:`optax.partition` where there are parts, and its state. Complex parameters
       are two reals in both, by :func:`optax.contrib.split_real_and_imaginary`.
 
     Raises:
@@ -111,20 +108,17 @@ def resume_keras(
     """The optimizer of a Keras run and its state: what :func:`from_keras` does, and its hyper-parameters.
 
     Args:
-      variables: as for :func:`from_keras`.
       params: the parameters.
-      names: as for :func:`from_keras`.
+      variables, names, order, count, strict, report: as for :func:`from_keras`.
       config: ``optimizer.get_config()``, also a `LossScaleOptimizer`'s; by default what the `.keras` or `.h5`
         file says. It does not hold what ``exclude_from_weight_decay`` was told.
-      order: as for :func:`from_keras`.
       learning_rate: a number or a schedule; by default the variable's value, or the configuration's number.
-        To be given where Keras had a schedule. One goes on at the count that is carried over.
-      count: as for :func:`from_keras`.
-      strict: as for :func:`from_keras`.
-      report: as for :func:`from_keras`.
+        To be given where Keras had a schedule, or Keras 2 a `decay`. A schedule goes on at the count that is
+        carried over.
 
     Returns:
-      `conventions.keras` and its state.
+      `conventions.keras` and its state; for Keras 2's legacy optimizer without momentum, whose epsilon is
+      outside the root, :func:`rmsprop_jax.rmsprop`.
 
     Raises:
       ValueError: as :func:`from_keras`, and naming every part of the configuration that has no counterpart.
@@ -179,10 +173,11 @@ def _settings(source, used, learning_rate, convention, ignore):
         known = inspect.signature(function).parameters
         if missing := [key for key in _NEEDED if key in known and key not in group]:
             raise ValueError(f"Group {number} of the checkpoint has no {', '.join(map(repr, missing))}.")
-        if unknown := _unknown(group, {*known, *_TORCH_ONLY, *_NOTES, *ignore}, rate, ignore):
-            found = ", ".join(f"{key}={group[key]!r:.60}" for key in unknown)
+        is_scaled = rate is not None and group.get("lr_scale", 1) != 1
+        passed = {*known, *_TORCH_ONLY, *_NOTES} - ({"lr_scale"} if is_scaled else set()) | {*ignore}
+        if unknown := _told(group, passed):
             raise ValueError(
-                f"Group {number} of the checkpoint has {found}, without counterpart in "
+                f"Group {number} of the checkpoint has {_listed(group, unknown)}, without counterpart in "
                 f"conventions.{function.__name__}: ignore={unknown} passes over it."
             )
         arguments = {key: _plain(key, x) for key, x in group.items() if key in known and key not in _NOTES}
@@ -192,11 +187,13 @@ def _settings(source, used, learning_rate, convention, ignore):
     return settings
 
 
-def _unknown(group, passed, learning_rate, ignore):
-    """The keys of a group that say something and have no counterpart."""
-    if learning_rate is not None and group.get("lr_scale", 1) != 1:
-        passed -= {"lr_scale"} - {*ignore}
-    return [key for key, x in group.items() if key not in passed and x is not None and x is not False]
+def _told(settings, passed):
+    """The settings that say something, but for those that are passed over."""
+    return [key for key, x in settings.items() if key not in passed and x is not None and x is not False]
+
+
+def _listed(settings, keys):
+    return ", ".join(f"{key}={settings[key]!r:.60}" for key in keys)
 
 
 def _check_new(group_of, settings):
@@ -251,15 +248,18 @@ def _keras_optimizer(config, learning_rate, source):
     is_legacy = "decay" in config
     function = _keras2 if is_legacy and not config.get("momentum") else conventions.keras
     known = inspect.signature(function).parameters
-    passed = {*known, *_KERAS_ONLY, *([] if config.get("use_ema") else ["ema_overwrite_frequency"])}
-    passed |= {"gradient_accumulation_steps"} if config.get("gradient_accumulation_steps") == 1 else set()
-    passed |= {"decay"} if learning_rate is not None or not config.get("decay") else set()
-    if unknown := _unknown(config, passed, None, ()):
-        found = ", ".join(f"{key}={config[key]!r:.60}" for key in unknown)
-        hint = ": decay divides the learning rate by 1 + decay * count, pass such a learning_rate=" * (
-            "decay" in unknown
+    without_effect = {
+        "ema_overwrite_frequency": not config.get("use_ema"),
+        "gradient_accumulation_steps": config.get("gradient_accumulation_steps") == 1,
+        "decay": not config.get("decay") or learning_rate is not None,
+    }
+    passed = {*known, *_KERAS_ONLY, *(key for key, is_so in without_effect.items() if is_so)}
+    if unknown := _told(config, passed):
+        hint = ": decay divides the learning rate by 1 + decay * count, pass such a learning_rate="
+        hint = hint if "decay" in unknown else ""
+        raise ValueError(
+            f"Invalid config: {_listed(config, unknown)} has no counterpart in conventions.keras{hint}."
         )
-        raise ValueError(f"Invalid config: {found} has no counterpart in conventions.keras{hint}.")
     if learning_rate is None:
         learning_rate = _keras_rate(source, config)
     names = [key for key in config if key in known and key != "learning_rate"]

@@ -38,26 +38,32 @@ def from_torch(
       names: from PyTorch's parameter names to paths in `params`, see the module. Parameters it does not list
         are not transferred. What `torch.compile`, DDP and FSDP put before a name (`_orig_mod.`, `module.`)
         may be there or not.
-      order: the names of the parameters that PyTorch's optimizer was given, in its order, by which its state
-        counts them: ``[name for name, _ in model.named_parameters()]``, or group after group. Not needed
-        where the state has the names itself (an optimizer that was built from ``named_parameters()``, or
-        the forms by names).
+      order: the names of the parameters in the optimizer's order, by which its state counts them: group after
+        group, not as ``named_parameters()``. With ``names = {p: n for n, p in model.named_parameters()}``
+        it is ``[[names[p] for p in group["params"]] for group in optimizer.param_groups]``, a list for each
+        group, whose sizes are checked, or one for all; for one group ``list(names.values())`` will do. Not
+        needed where the state has the names itself (an optimizer that was built from ``named_parameters()``,
+        or the forms by names); an `order` that they contradict is refused.
       learning_rate: the one that PyTorch's next step would take; by default ``param_groups``'. Only used
         where one of the two momentum buffers has it in and the other has not.
       lr_in_momentum: whether the learning rate is in the buffer of the target optimizer, the argument
         of :func:`rmsprop_jax.rmsprop`; by default as in PyTorch's, where only timm's has it in.
       count: number of updates so far, where the state does not say; by default its largest `step`.
       strict: False leaves parameters that have no state there (a new head, a frozen layer, one that was never
-        stepped) or no name in `names` as they are in `state`.
+        stepped) or no name in `names` as they are in `state`. So does the count of a part of
+        :func:`optax.partition` in which there are no others; elsewhere the count that is carried over holds
+        for them too, to which `bias_correction` and schedules go by.
       report: called with the :class:`Report` of what was carried over; by default it is logged, to
-        ``logging.getLogger("rmsprop_jax.interop")``, where `strict` is False.
+        ``logging.getLogger("rmsprop_jax.interop")``, where `strict` is False or `order` alone says in which
+        of several groups arrays of one shape are.
 
     Returns:
       A state as `state`. Its `nu` is a variance where it is centred, at least 0.
 
     Raises:
-      ValueError: listing every name that is missing, with the nearest ones, and every shape that does not
-        fit; for what is no state of RMSProp's, saying what it is; for a file that cannot be read.
+      ValueError: listing every name that is missing, with the nearest ones, every shape that does not fit and
+        every second moment below 0 or NaN; for two leaves of one path; for what is no state of RMSProp's,
+        saying what it is; for a file that cannot be read.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -95,9 +101,7 @@ def to_torch(
       optimizer_state: ``optimizer.state_dict()`` of the target optimizer, which may be new, with any groups;
         or that of `torch.distributed.checkpoint` by names.
       params: the parameters.
-      names: as for :func:`from_torch`.
-      order: as for :func:`from_torch`.
-      learning_rate: as for :func:`from_torch`, of the next step.
+      names, order, learning_rate: as for :func:`from_torch`.
       lr_in_momentum: whether the learning rate is in the buffer in `state`.
       strict: False leaves out what has no name in `names`, or no parameter there, which keep their state.
 
@@ -139,7 +143,7 @@ class TorchSource(Source):
     ) -> None:
         self.names = entries_of(checkpoint, order)
         self.find = finder(self.names)
-        self.groups = groups_in_doubt(checkpoint, self.names, order)
+        self.groups = groups_in_doubt(self.names, order)
         self._learning_rate, self._lr_in_momentum = learning_rate, lr_in_momentum
 
     @property
