@@ -119,9 +119,8 @@ def named_leaves(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
         for path, _ in leaves:
             name, own = leaf_name(path), jax.tree_util.keystr(path)
             if (other := paths.setdefault(name, own)) != own:
-                raise ValueError(
-                    f"The leaves at {other} and {own} are both named {name!r}: rename a key that has '/' in it."
-                )
+                problem = f"The leaves at {other} and {own} are both named {name!r}"
+                raise ValueError(f"{problem}: rename a key that has '/' in it.")
     return named
 
 

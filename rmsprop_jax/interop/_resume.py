@@ -80,6 +80,15 @@ def resume_torch(
       >>> tx, state = interop.resume_torch(checkpoint, params, {"fc.bias": "bias"})
       >>> print(tx.settings.decay, optax.tree.get(state, "count"), optax.tree.get(state, "nu"))
       0.99 7 {'bias': Array([1., 2.], dtype=float32)}
+
+      With a new head, whose learning rate warms up from 0 while that of the rest goes on at 7:
+
+      >>> params = {"bias": jnp.zeros(2), "head": jnp.zeros(3)}
+      >>> tx, state = interop.resume_torch(
+      ...     checkpoint, params, {"fc.bias": "bias"}, strict=False, new_group=0, report=print,
+      ...     learning_rate=optax.linear_schedule(0.0, 0.01, 5),
+      ... )
+      1 carried over. Kept as init made them: 'head'.
     """
     source = TorchSource(load(checkpoint), order)
     stepped(source.names)  # refuses what is no RMSProp's

@@ -78,6 +78,17 @@ def from_torch(
       >>> state = interop.from_torch(theirs, state, params, names, order=["fc.weight"])
       >>> print(optax.tree.get(state, "count"), optax.tree.get(state, "nu")["kernel"].T)
       7 [[1. 2. 3.]]
+
+      Two groups, the head's first:
+
+      >>> theirs["state"][1] = {"step": np.array(7.0), "square_avg": np.array([4.0])}
+      >>> theirs["param_groups"] = [{"lr": 0.1, "params": [0]}, {"lr": 0.01, "params": [1]}]
+      >>> params = {"head": jnp.zeros((1, 3)), "scale": jnp.zeros(1)}
+      >>> state = conventions.torch(lr=0.01).init(params)
+      >>> names, order = {"scale": "scale", "head.weight": "head"}, [["head.weight"], ["scale"]]
+      >>> state = interop.from_torch(theirs, state, params, names, order=order)
+      >>> print(optax.tree.get(state, "nu"))
+      {'head': Array([[1., 2., 3.]], dtype=float32), 'scale': Array([4.], dtype=float32)}
     """
     source = TorchSource(load(optimizer_state), order, learning_rate, lr_in_momentum)
     return carry(state, params, names, source, count=count, strict=strict, report=report)
