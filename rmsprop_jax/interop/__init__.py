@@ -40,12 +40,12 @@ what the other framework's says of itself.
 """
 
 from rmsprop_jax.interop._files import Tensors
-from rmsprop_jax.interop._keras import from_keras, to_keras
+from rmsprop_jax.interop._keras import from_keras, resume_keras, to_keras
 from rmsprop_jax.interop._names import Names, paths
 from rmsprop_jax.interop._optax import from_optax, to_optax
 from rmsprop_jax.interop._params import params_from
 from rmsprop_jax.interop._report import Report
-from rmsprop_jax.interop._resume import resume_keras, resume_torch
+from rmsprop_jax.interop._resume import resume_torch
 from rmsprop_jax.interop._torch import from_torch, to_torch
 
 __all__ = [

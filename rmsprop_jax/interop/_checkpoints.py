@@ -34,16 +34,16 @@ class Entry(NamedTuple):
 
     Attributes:
       state: its own, empty where it has none.
+      key: by which PyTorch's `state` has it.
       group: the hyper-parameters of its group.
       number: of its group.
-      key: by which PyTorch's `state` has it.
       is_ordered: whether `order` named it.
     """
 
     state: Mapping[str, Any]
+    key: Any
     group: Mapping[str, Any]
     number: int
-    key: Any
     is_ordered: bool = False
 
 
@@ -66,18 +66,30 @@ def entries_of(checkpoint: Any, order: Order | None = None) -> dict[str, Entry]:
     if "param_groups" not in optimizer_state:
         return _numbered(_flat(optimizer_state), order)
     groups, states = optimizer_state["param_groups"], optimizer_state["state"]
+    _check(groups, states)
+    entries = []
+    for number, (group, names) in enumerate(zip(groups, _names(groups, order), strict=True)):
+        settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        rest = settings, number, _own_names(group) is None
+        entries += [
+            (n, Entry(states.get(k, {}), k, *rest)) for n, k in zip(names, group["params"], strict=True)
+        ]
+    return _by_name(entries)
+
+
+def _check(groups, states):
     if not (isinstance(groups, list | tuple) and all(_is_list(x, "params") for x in groups)):
         raise ValueError("Invalid optimizer_state: its param_groups are no list of groups with 'params'.")
     if not (isinstance(states, Mapping) and all(isinstance(x, Mapping) for x in states.values())):
         raise ValueError("Invalid optimizer_state: its 'state' is no dictionary of dictionaries.")
-    entries: dict[str, Entry] = {}
-    for number, (group, names) in enumerate(zip(groups, _names(groups, order), strict=True)):
-        settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        for name, key in zip(names, group["params"], strict=True):
-            if name in entries:
-                raise ValueError(f"Invalid optimizer_state: it has two parameters named {name!r}.")
-            entries[name] = Entry(states.get(key, {}), settings, number, key, _own_names(group) is None)
-    return entries
+
+
+def _by_name(entries):
+    by_name: dict[str, Entry] = {}
+    for name, entry in entries:
+        if by_name.setdefault(name, entry) is not entry:
+            raise ValueError(f"Invalid optimizer_state: it has two parameters named {name!r}.")
+    return by_name
 
 
 def groups_in_doubt(entries: Mapping[str, Entry], order: Order | None) -> tuple[tuple[str, ...], ...]:
@@ -103,39 +115,45 @@ def stepped(entries: Mapping[str, Entry]) -> int | None:
     Raises:
       ValueError: for an optimizer that is none of RMSProp's, or has no state at all.
     """
-    with_state = [entry.state for entry in entries.values() if entry.state]
-    if not with_state:
+    states = [entry.state for entry in entries.values() if entry.state]
+    if not states:
         raise ValueError("Invalid optimizer_state: it is empty, its optimizer has not taken a step.")
-    keys = dict.fromkeys(str(key) for state in with_state for key in state)
-    other = next((whose for key, whose in _OTHERS.items() if key in keys), None)
-    if other or "square_avg" not in keys:
-        found = ", ".join(map(repr, keys))
+    keys = dict.fromkeys(str(key) for state in states for key in state)
+    whose = list(filter(None, map(_OTHERS.get, keys)))
+    if whose or "square_avg" not in keys:
         raise ValueError(
-            f"Invalid optimizer_state: it is {other or 'that of another optimizer'}, with {found}, "
-            "expected RMSprop's, with 'square_avg'."
+            f"Invalid optimizer_state: it is {[*whose, 'that of another optimizer'][0]}, with "
+            f"{', '.join(map(repr, keys))}, expected RMSprop's, with 'square_avg'."
         )
-    steps = [whole_number(state["step"], "step") for state in with_state if "step" in state]
-    return max(steps, default=None)
+    return max((whole_number(state["step"], "step") for state in states if "step" in state), default=None)
 
 
 def _unwrapped(checkpoint, place):
     """The optimizer's state at a known place in a checkpoint."""
     if _is_state(checkpoint):
         return checkpoint
-    if isinstance(checkpoint, list | tuple) and len(checkpoint) == 1:
-        return _unwrapped(checkpoint[0], f"{place}[0]")
-    if isinstance(checkpoint, Mapping):
-        prefix = "optimizer."
-        if _is_state(
-            inner := {k.removeprefix(prefix): v for k, v in checkpoint.items() if _starts(k, prefix)}
-        ):
-            return inner
-        nests = [key for key in _NESTS if isinstance(checkpoint.get(key), Mapping | list | tuple)]
-        if len(nests) == 1:
-            return _unwrapped(checkpoint[nests[0]], f"{place}[{nests[0]!r}]")
-    hints = [f"{place}{where}" for where in _places(checkpoint)]
-    hint = f": pass {' or '.join(hints)}" if hints else ""
-    raise ValueError(f"Invalid {place}: it is {_what(checkpoint)}, expected optimizer.state_dict(){hint}.")
+    inner = _inner(checkpoint)
+    if len(inner) == 1:
+        ((key, value),) = inner.items()
+        return _unwrapped(value, place if key is None else f"{place}[{key!r}]")
+    hint = " or ".join(f"{place}{where}" for where in _places(checkpoint))
+    raise ValueError(
+        f"Invalid {place}: it is {_what(checkpoint)}, expected optimizer.state_dict()"
+        f"{hint and f': pass {hint}'}."
+    )
+
+
+def _inner(checkpoint):
+    """What stands in its known places, by its key; by None what has a prefix."""
+    if isinstance(checkpoint, list | tuple):
+        return dict(enumerate(checkpoint))
+    if not isinstance(checkpoint, Mapping):
+        return {}
+    prefix = "optimizer."
+    inner = {k.removeprefix(prefix): v for k, v in checkpoint.items() if _starts(k, prefix)}
+    if _is_state(inner):
+        return {None: inner}
+    return {key: x for key in _NESTS if isinstance(x := checkpoint.get(key), Mapping | list | tuple)}
 
 
 def _is_state(x):
@@ -164,20 +182,24 @@ def _places(x: Any, depth: int = 4) -> Iterator[str]:
 
 
 def _what(x):
+    """What something is that is no optimizer's state."""
     if not isinstance(x, Mapping):
         return f"a {type(x).__name__}" + (f" of {len(x)}" if isinstance(x, list | tuple) else "")
-    keys = ", ".join(map(repr, list(x)[:4])) + (", ..." if len(x) > 4 else "")
     if not x:
         return "an empty dictionary"
     if "state" in x:
         return "an optimizer's state without param_groups"
-    if all(isinstance(value, Mapping) and not _is_state(value) for value in x.values()) and any(
-        key in value for value in x.values() for key in ("square_avg", *_OTHERS)
-    ):
+    keys = ", ".join(map(repr, list(x)[:4])) + (", ..." if len(x) > 4 else "")
+    if _is_states(x):
         return f"the 'state' of an optimizer alone, with {keys}"
     if all(hasattr(value, "shape") for value in x.values()):
         return f"a dictionary of arrays, with {keys}, as a model's state_dict"
     return f"a dictionary with {keys}"
+
+
+def _is_states(x):
+    inner = [value for value in x.values() if isinstance(value, Mapping)]
+    return len(inner) == len(x) and not {"square_avg", *_OTHERS}.isdisjoint(set().union(*inner))
 
 
 def _flat(state):
@@ -193,7 +215,7 @@ def _flat(state):
     for name in dict.fromkeys([*states, *settings]):
         group = settings.get(name, {})
         number = numbers.setdefault(repr(sorted(group.items())), len(numbers))
-        flat[name] = Entry(states.get(name, {}), group, number, name)
+        flat[name] = Entry(states.get(name, {}), name, group, number)
     return flat
 
 
@@ -209,20 +231,25 @@ def _numbered(entries, order):
 
 def _names(groups, order):
     """The names of the parameters of each group."""
-    own = [_own_names(group) for group in groups]
+    own = list(map(_own_names, groups))
     if order is None or all(isinstance(key, str) for group in groups for key in group["params"]):
         if None in own:
             raise ValueError(f"PyTorch's state counts its parameters and does not name them: {ADVICE}.")
         return own
     names = _by_group(groups, order)
     for number, (given, known) in enumerate(zip(names, own, strict=True)):
-        for ours, theirs in zip(given, known or given, strict=True):
-            if bare(ours) != bare(theirs):
-                raise ValueError(
-                    f"order has {ours!r} where group {number} of the checkpoint says {theirs!r}: "
-                    "leave order= out, the checkpoint has the names."
-                )
+        _confirm(number, given, given if known is None else known)
     return names
+
+
+def _confirm(number, given, known):
+    """Raises ValueError for a group's names that are not those that the checkpoint has."""
+    for ours, theirs in zip(given, known, strict=True):
+        if bare(ours) != bare(theirs):
+            raise ValueError(
+                f"order has {ours!r} where group {number} of the checkpoint says {theirs!r}: "
+                "leave order= out, the checkpoint has the names."
+            )
 
 
 def _by_group(groups, order):

@@ -7,8 +7,8 @@ import jax
 
 from rmsprop_jax._tree import Tree, leaf_name
 from rmsprop_jax.interop._arrays import placed
-from rmsprop_jax.interop._carry import Source, matched
 from rmsprop_jax.interop._files import Tensors, load
+from rmsprop_jax.interop._match import Source, matched
 from rmsprop_jax.interop._names import Names, finder, is_array, paths
 from rmsprop_jax.interop._report import Reporter, tell
 

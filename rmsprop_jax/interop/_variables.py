@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rmsprop_jax.interop._arrays import as_numpy, whole_number
-from rmsprop_jax.interop._carry import Source, buffer_factor
+from rmsprop_jax.interop._carry import buffer_factor
+from rmsprop_jax.interop._match import Source
 from rmsprop_jax.interop._moments import Moments
 
 _END = re.compile(r"(:0|/\.ATTRIBUTES/VARIABLE_VALUE)$")
@@ -69,15 +70,12 @@ class KerasSource(Source):
         lr_in_momentum: bool = True,
     ) -> None:
         short = {_END.sub("", key): key for key in variables}
-        if matches := [match for key in short if (match := _COUNTED.fullmatch(key))]:
-            found, iteration, own_rate = _counted(matches, short, order, config)
-        else:
-            found, iteration, own_rate = _named(short, config)
-            if iteration == "global_step":  # tf.compat.v1 makes a buffer in any case
-                self.spare = ("buffer",)
-        self.names = {name: Moments(*(short.get(key) for key in keys)) for name, keys in found.items()}
+        matches = list(filter(None, map(_COUNTED.fullmatch, short)))
+        found = _counted(matches, short, order, config or {}) if matches else _named(short, config or {})
+        names, iteration, own_rate, self.spare = found
+        self.names = {name: Moments(*map(short.get, keys)) for name, keys in names.items()}
         self.iteration = short.get(iteration)
-        self.rate = variables[short[own_rate]] if rate is None and own_rate in short else rate
+        self.rate = variables.get(short.get(own_rate, "")) if rate is None else rate
         self._variables, self._lr_in_momentum = variables, lr_in_momentum
 
     @property
@@ -118,33 +116,45 @@ def rmsprop_config(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None
 
 def _named(short, config):
     """The keys by names: of each of the model's variables, of the iteration and of the learning rate."""
-    found: dict[str, dict[str, Moments]] = {}
-    for pattern in _NAMED:
-        for match in filter(None, (re.fullmatch(pattern, key) for key in short)):
-            of_name = found.setdefault(match["optimizer"] or "", {})
-            moments = of_name.get(match["name"], Moments())
-            of_name[match["name"]] = moments._replace(**{_WORDS[match["word"]]: match[0]})
-        found = {o: names for o, names in found.items() if any(m.square for m in names.values())}
-        if own := [o for o in found if _kind(o) not in _OTHERS]:
-            break
+    found: dict = next(filter(None, (_matching(pattern, short) for pattern in _NAMED)), {})
+    own = [optimizer for optimizer in found if _kind(optimizer) not in _OTHERS]
     if len(own) != 1:
         raise ValueError(_not_one(short, found, own, config))
-    names = found[own[0]]
-    if pattern == _NAMED[-1]:
-        if not any(m.buffer for m in names.values()):  # not centred, its first word is the buffer's
-            names = {name: Moments(m.square, None, m.mean) for name, m in names.items()}
-        return names, "global_step", None
-    prefix = f"{own[0]}/" if own[0] else ""
-    iterations = [prefix + "iteration", prefix + "iter", prefix + "_iterations", "iteration"]
-    rates = [prefix + "learning_rate", prefix + "_learning_rate", "learning_rate"]
-    return names, *(next((key for key in keys if key in short), None) for keys in (iterations, rates))
+    names, prefix = found[own[0]], own[0] and f"{own[0]}/"
+    if own[0] == "RMSProp":  # tf.compat.v1's, which has a buffer in any case
+        return _in_order(names), "global_step", None, ("buffer",)
+    iteration = _first(short, prefix, ("iteration", "iter", "_iterations", "/iteration"))
+    return names, iteration, _first(short, prefix, ("learning_rate", "_learning_rate")), ()
+
+
+def _in_order(names):
+    """With the buffer as the last, which stands for the mean where there is none."""
+    if any(m.buffer for m in names.values()):
+        return names
+    return {name: Moments(m.square, None, m.mean) for name, m in names.items()}
+
+
+def _matching(pattern, short):
+    """The keys that a pattern fits: by optimizer with second moments, the model's variable and field."""
+    found: dict[str, dict[str, Moments]] = {}
+    for match in filter(None, (re.fullmatch(pattern, key) for key in short)):
+        names = found.setdefault(match["optimizer"] or "", {})
+        moments = names.get(match["name"], Moments())
+        names[match["name"]] = moments._replace(**{_WORDS[match["word"]]: match[0]})
+    return {o: names for o, names in found.items() if any(m.square for m in names.values())}
+
+
+def _first(short, prefix, ends):
+    """The first key that is there; one that begins with "/" stands for itself."""
+    keys = (end[1:] if end[0] == "/" else prefix + end for end in ends)
+    return next((key for key in keys if key in short), None)
 
 
 def _not_one(short, found, own, config):
     """What to say of variables that are not those of one RMSprop."""
     if own:
         return f"Invalid variables: they are of several optimizers, {' and '.join(map(repr, own))}."
-    if config is not None and "decay" in config:
+    if "decay" in config:
         return (
             "Invalid file: a .keras file of Keras 2 does not hold the variables of its legacy optimizers: "
             "save the model as .h5, which does."
@@ -162,20 +172,8 @@ def _kind(optimizer):
 
 
 def _counted(matches, short, order, config):
-    """The keys by places: iteration, learning rate, then one of each kind for each in `order`."""
-    config = config or {}
-    matches = [match for match in matches if "inner" in match["optimizer"]] or matches  # which repeat them
-    keys = {int(match["number"]): match[0] for match in matches}
-    places = sorted(keys)
-    iteration, rate = (matches[0]["optimizer"] + end for end in ("_iterations", "_learning_rate"))
-    if iteration in short:  # a TensorFlow checkpoint's, beside the places
-        first, own = places[0], 0
-    else:  # a schedule is no variable, and in Keras 2 no learning rate is
-        first, own = 0, 1 if isinstance(config.get("learning_rate"), Mapping) or _is_keras2(config) else 2
-        iteration, rate = keys.get(0), keys.get(1) if own == 2 else None
-    if places != list(range(first, first + len(keys))) or len(keys) < own:
-        raise ValueError(f"Invalid file: it has an optimizer with the variables {places}.")
-    slots = [keys[place] for place in places[own:]]
+    """The keys by places: one of each kind for each in `order`, the iteration and the learning rate."""
+    slots, *heads = _layout(matches, short, config)
     if not slots:
         raise ValueError("Invalid file: its optimizer has not been built, there are no accumulators in it.")
     if order is None:
@@ -183,21 +181,35 @@ def _counted(matches, short, order, config):
             "Keras' file counts the optimizer's variables and does not name them: "
             "pass order=[v.path for v in model.trainable_variables]."
         )
-    fields = _fields(config)
-    if len(slots) != len(fields) * len(order):
+    fields, count = _fields(config), len(order)
+    if len(slots) != len(fields) * count:
         advice = "" if config else "; its configuration, a .keras file's or config=, says which"
         raise ValueError(
             f"Its optimizer has {len(slots)} variables, expected {len(fields)} for each of the "
-            f"{len(order)} in order{advice}."
+            f"{count} in order{advice}."
         )
-    columns = zip(*(slots[i * len(order) : (i + 1) * len(order)] for i in range(len(fields))), strict=True)
-    found = (dict(zip(fields, column, strict=True)) for column in columns)
-    moments = (Moments(*map(of_one.get, Moments._fields)) for of_one in found)
-    return dict(zip(order, moments, strict=True)), iteration, rate
+    of_field = {field: slots[i * count : (i + 1) * count] for i, field in enumerate(fields)}
+    columns = (of_field.get(field, [None] * count) for field in Moments._fields)
+    return dict(zip(order, map(Moments, *columns), strict=True)), *heads, ()
 
 
-def _is_keras2(config):
-    return "decay" in config or "is_legacy_optimizer" in config
+def _layout(matches, short, config):
+    """The keys of the arrays, in their order, of the iteration and of the learning rate."""
+    optimizer = max((match["optimizer"] for match in matches), key=len)  # a wrapper around it repeats these
+    keys = {int(match["number"]): match[0] for match in matches if match["optimizer"] == optimizer}
+    places = sorted(keys)
+    heads = list(filter(short.__contains__, (f"{optimizer}_iterations", f"{optimizer}_learning_rate")))
+    if places != list(range(places[0], places[0] + len(keys))) or (places[0] and not heads):
+        raise ValueError(f"Invalid file: it has an optimizer with the variables {places}.")
+    # Where they have no names they come first. A schedule is no variable, and in Keras 2 no learning rate is.
+    own = 0 if heads else 2 - _is_without_rate(config)
+    slots = [keys[place] for place in places]
+    return slots[own:], *[*heads, *slots[:own], None, None][:2]
+
+
+def _is_without_rate(config):
+    is_keras2 = "decay" in config or "is_legacy_optimizer" in config
+    return is_keras2 or isinstance(config.get("learning_rate"), Mapping)
 
 
 def _fields(config):
