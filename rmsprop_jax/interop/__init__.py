@@ -39,12 +39,12 @@ what the other framework's says of itself.
 `.keras` and `.h5`, where h5py is. Nothing in a file is unpickled or executed.
 """
 
+from rmsprop_jax.interop._carry import params_from
 from rmsprop_jax.interop._files import Tensors
 from rmsprop_jax.interop._keras import from_keras, resume_keras, to_keras
+from rmsprop_jax.interop._match import Report
 from rmsprop_jax.interop._names import Names, paths
 from rmsprop_jax.interop._optax import from_optax, to_optax
-from rmsprop_jax.interop._params import params_from
-from rmsprop_jax.interop._report import Report
 from rmsprop_jax.interop._resume import resume_torch
 from rmsprop_jax.interop._torch import from_torch, to_torch
 

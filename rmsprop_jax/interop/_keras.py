@@ -9,13 +9,11 @@ import optax
 
 from rmsprop_jax import conventions
 from rmsprop_jax._tree import Tree
-from rmsprop_jax.interop._arrays import as_numpy
+from rmsprop_jax.interop._arrays import as_numpy, listed, plain, unknown_in
 from rmsprop_jax.interop._carry import carry, outward
 from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
-from rmsprop_jax.interop._match import raise_if
+from rmsprop_jax.interop._match import Reporter, raise_if
 from rmsprop_jax.interop._names import Names
-from rmsprop_jax.interop._report import Reporter
-from rmsprop_jax.interop._settings import listed, plain, unknown_in
 from rmsprop_jax.interop._variables import KerasSource, rmsprop_config
 from rmsprop_jax.optimizer import rmsprop
 

@@ -6,9 +6,8 @@ import numpy as np
 from rmsprop_jax._tree import Tree
 from rmsprop_jax.interop._arrays import placed
 from rmsprop_jax.interop._carry import carry
-from rmsprop_jax.interop._match import Source
+from rmsprop_jax.interop._match import Reporter, Source
 from rmsprop_jax.interop._moments import Moments, is_multi_steps, moments_of
-from rmsprop_jax.interop._report import Reporter
 
 
 def from_optax(

@@ -10,12 +10,12 @@ import optax
 
 from rmsprop_jax import conventions
 from rmsprop_jax._tree import Tree, leaf_name
+from rmsprop_jax.interop._arrays import listed, plain, unknown_in
 from rmsprop_jax.interop._carry import carry
 from rmsprop_jax.interop._checkpoints import Order, stepped
 from rmsprop_jax.interop._files import Tensors, load
+from rmsprop_jax.interop._match import Reporter
 from rmsprop_jax.interop._names import Names, path_of, paths
-from rmsprop_jax.interop._report import Reporter
-from rmsprop_jax.interop._settings import listed, plain, unknown_in
 from rmsprop_jax.interop._torch import TorchSource
 
 _NEEDED = ("lr", "alpha", "eps", "momentum", "centered", "weight_decay")
@@ -90,8 +90,9 @@ def resume_torch(
     source = TorchSource(load(checkpoint), order)
     stepped(source.names)  # refuses what is no RMSProp's
     group_of = _groups(source, names, new_group)
-    new = [path for path in paths(params) if path not in group_of]
-    used = {number for path, number in group_of.items() if path in paths(params)}
+    here = paths(params)
+    new = [path for path in here if path not in group_of]
+    used = {number for path, number in group_of.items() if path in here}
     settings = _settings(source, used | ({new_group} - {None}), learning_rate, convention, ignore)
     if new and new_group is None and not strict:
         _check_alike(new, settings)

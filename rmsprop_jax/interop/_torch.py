@@ -9,10 +9,9 @@ from rmsprop_jax._tree import Tree
 from rmsprop_jax.interop._carry import buffer_factor, carry, outward
 from rmsprop_jax.interop._checkpoints import Order, entries_of, groups_in_doubt, stepped
 from rmsprop_jax.interop._files import Tensors, load
-from rmsprop_jax.interop._match import Source
+from rmsprop_jax.interop._match import Reporter, Source
 from rmsprop_jax.interop._moments import Moments
 from rmsprop_jax.interop._names import Names, finder
-from rmsprop_jax.interop._report import Reporter
 
 
 def from_torch(
