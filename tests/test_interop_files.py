@@ -191,10 +191,13 @@ REFUSED = {  # what a checkpoint had beside its tensors, and what is said of it
 
 
 @pytest.mark.skipif(np.__version__ < "2", reason="NumPy 1 names its classes otherwise")
-@pytest.mark.parametrize("found", REFUSED)
-def test_what_stands_in_the_way_of_a_safe_load_is_named(found, tmp_path):
+@pytest.mark.parametrize(
+    ("found", "is_zip"), [*((found, True) for found in REFUSED), ("pathlib.PosixPath", False)]
+)
+def test_what_stands_in_the_way_of_a_safe_load_is_named(found, is_zip, tmp_path):
     torch = importorskip("torch")
-    torch.save({"state": {}, "param_groups": [], "extra": REFUSED[found](torch)}, tmp_path / "run.pt")
+    run = {"state": {}, "param_groups": [], "extra": REFUSED[found](torch)}
+    torch.save(run, tmp_path / "run.pt", _use_new_zipfile_serialization=is_zip)
     with pytest.raises(ValueError, match=r"run\.pt' cannot be read") as error:
         interop.from_torch(tmp_path / "run.pt", None, PARAMS, NAMES)
     message = str(error.value)

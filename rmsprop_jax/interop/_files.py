@@ -127,10 +127,10 @@ def _torch(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = set(re.findall(r"GLOBAL (\S+)", str(error)))
-        if names and hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # since 2.6
-            names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         if not names:
-            raise
+            raise ValueError(str(error).rpartition("WeightsUnpickler error: ")[2]) from error
+        if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint") and zipfile.is_zipfile(path):
+            names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))  # since 2.6
         found = ", ".join(sorted(names))
         raise ValueError(
             f"it has {found} in it, and no more than tensors and plain values is loaded. If you trust it: "
