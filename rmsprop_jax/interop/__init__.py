@@ -41,8 +41,11 @@ what the other framework's says of itself.
 `.pt`, `.pth`, `.ckpt` and `.bin`, by ``torch.load(weights_only=True)``, where PyTorch is installed; the
 `.keras` and `.h5` of Keras 3 and 2, where h5py is. Nothing in a file is unpickled or executed. TensorFlow's
 checkpoints become dictionaries first, see :func:`from_keras`.
+
+**From an older version.** :func:`upgrade` takes states that older versions of this package saved.
 """
 
+import rmsprop_jax.interop._pickled  # noqa: F401  # where pickle.load finds the classes of older versions
 from rmsprop_jax.interop._carry import params_from
 from rmsprop_jax.interop._files import Tensors
 from rmsprop_jax.interop._keras import from_keras, resume_keras, to_keras
@@ -51,6 +54,7 @@ from rmsprop_jax.interop._names import Names, paths
 from rmsprop_jax.interop._optax import from_optax, to_optax
 from rmsprop_jax.interop._resume import resume_torch
 from rmsprop_jax.interop._torch import from_torch, to_torch
+from rmsprop_jax.interop._upgrade import upgrade
 
 __all__ = [
     "Names",
@@ -66,4 +70,5 @@ __all__ = [
     "to_keras",
     "to_optax",
     "to_torch",
+    "upgrade",
 ]
