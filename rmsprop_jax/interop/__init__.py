@@ -31,8 +31,8 @@ A tree of which two leaves have one path, such as ``{"a": {"b": x}, "a/b": y}``,
 
 **In part.** A new head, a frozen layer: with ``strict=False`` a parameter that has no state there, or no name
 in `names`, keeps what is in the tree already, and a parameter there that has no place here is left behind. A
-:class:`Report` of both goes to ``report=``, or into the log. It says too whose accumulators start anew beside a
-count that goes on; a part of :func:`optax.partition` in which all is new keeps its own count.
+:class:`Report` of both goes to ``report=``, or into the log. It says too whose accumulators start anew beside
+a count that goes on; a part of :func:`optax.partition` in which all is new keeps its own count.
 
 **With its hyper-parameters.** :func:`resume_torch` and :func:`resume_keras` also build the optimizer, from
 what the other framework's says of itself.
