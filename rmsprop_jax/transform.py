@@ -4,6 +4,7 @@ The rule itself is in `_rule.py`.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,8 @@ def scale_by_rms(
         grads, treedef, trees, nus, mus = _flatten_as_stored(updates, state, settings)
         count = _incremented(state.count)
         now = count if bias_correction or stored_by.rounds else None
-        numbers = leaf_numbers(nus) if stored_by.rounds else [None] * len(nus)
+        first = [nu[0] for nu in nus] if stored_by.parts else nus
+        numbers = leaf_numbers(first) if stored_by.rounds else [None] * len(nus)
         results = [
             (None, nu, mu) if g is None else rule(g, nu, mu, number, now, settings)
             for g, nu, mu, number in zip(grads, nus, mus, numbers, strict=True)
@@ -161,6 +163,7 @@ def _flatten_as_stored(grads, state, settings):
     if settings.centered != (state.mu is not None) and jax.tree.leaves(state.nu):
         raise ValueError(f"Invalid state: it was initialised with centered={not settings.centered}.")
     accumulator = settings.accumulator
+    treedef: Any
     leaves, treedef = jax.tree.flatten(grads, is_leaf=is_none)
     if (trees := accumulator.trees(state.nu)) is None:
         raise ValueError(_of_another(state, accumulator))
@@ -181,7 +184,8 @@ def _flatten_up_to(treedef, grads, tree):
     try:
         return treedef.flatten_up_to(tree)
     except ValueError:  # Flax's boxes, which differ where their axes' names do
-        return jax.tree.structure(unboxed(grads), is_leaf=is_none).flatten_up_to(unboxed(tree))
+        treedef = jax.tree.structure(unboxed(grads), is_leaf=is_none)
+        return treedef.flatten_up_to(unboxed(tree))
 
 
 def _of_another(state, accumulator):
@@ -196,35 +200,39 @@ def _of_another(state, accumulator):
 
 
 def _mismatch(accumulator, g, nu, mu):
-    """What is wrong with a leaf, with {} for its name; None if nothing is."""
-    shape, dtype = jnp.shape(g), dtype_of(g)
-    found, expected = nu if accumulator.parts else (nu,), stored_like(accumulator, shape)
-    shapes = [getattr(x, "shape", "None" if x is None else "a subtree") for x in found]
-    if shapes != [x.shape for x in expected]:
-        if accumulator.elementwise:
-            return f"Gradient {{}} has shape {shape}, the state was initialised for {shapes[0]}."
-        return (
-            f"Gradient {{}} has shape {shape}, for which {accumulator.name!r} stores arrays of shapes "
-            f"{[x.shape for x in expected]}, the state has {shapes}. A state that jax.vmap(tx.init) made "
-            "takes jax.vmap(tx.update)."
-        )
+    """The error for a leaf, with {} for its name; None if it fits. Eager updates ask for each leaf."""
+    found, shape, dtype = nu if accumulator.parts else (nu,), getattr(g, "shape", ()), dtype_of(g)
+    expected = stored_like(accumulator, shape)
+    for x, y in zip(found, expected, strict=True):
+        if getattr(x, "shape", None) != y.shape:
+            return _shape_mismatch(accumulator, shape, found, expected)
+        if x.dtype != y.dtype and not (is_wide(x.dtype) and is_wide(y.dtype)):
+            return (
+                f"Invalid state: the nu of {{}} has dtype {x.dtype}, {accumulator.name!r} stores {y.dtype}. "
+                "Restore it in the dtypes of tx.init(params)."
+            )
     if dtype == jax.dtypes.float0:
         return (
             "Gradient {} has dtype float0: its parameter is not differentiable. optax.masked leaves it out."
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         return f"Gradient {{}} has dtype {dtype}, expected floating or complex."
-    for x, y in zip(found, expected, strict=True):
-        if (own := dtype_of(x)) != y.dtype and not (is_wide(own) and is_wide(y.dtype)):
-            return (
-                f"Invalid state: the nu of {{}} has dtype {own}, {accumulator.name!r} stores {y.dtype}. "
-                "Restore it in the dtypes of tx.init(params)."
-            )
     if mu is not None and jnp.iscomplexobj(g) and not jnp.iscomplexobj(mu):
         return f"Gradient {{}} has dtype {dtype}, the state was initialised for real gradients."
-    if mu is not None and wide(dtype_of(mu)) != dtype_of(mu):
-        return f"Invalid state: the mu of {{}} has dtype {dtype_of(mu)}, expected float32 at least."
+    if mu is not None and wide(mu.dtype) != mu.dtype:
+        return f"Invalid state: the mu of {{}} has dtype {mu.dtype}, expected float32 at least."
     return None
+
+
+def _shape_mismatch(accumulator, shape, found, expected):
+    shapes = [getattr(x, "shape", "None" if x is None else "a subtree") for x in found]
+    if accumulator.elementwise:
+        return f"Gradient {{}} has shape {shape}, the state was initialised for {shapes[0]}."
+    return (
+        f"Gradient {{}} has shape {shape}, for which {accumulator.name!r} stores arrays of shapes "
+        f"{[x.shape for x in expected]}, the state has {shapes}. A state that jax.vmap(tx.init) made takes "
+        "jax.vmap(tx.update)."
+    )
 
 
 def _accumulator_dtype(path, param):

@@ -151,7 +151,7 @@ def _by_name(name: str) -> Accumulator | None:
     if name in NAMED:
         return NAMED[name]
     match = re.fullmatch(r"(\w+)\((.*)\)", name)
-    for cls in reversed(list(_classes(Accumulator)) if match else []):
+    for cls in reversed(list(_classes(Accumulator))) if match else ():  # type: ignore[type-abstract]
         if match and match[1] in (vars(cls).get("_title"), cls.__name__):
             try:
                 return cls(*ast.literal_eval(f"({match[2]},)" if match[2] else "()"))

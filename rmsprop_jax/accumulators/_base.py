@@ -59,8 +59,8 @@ class Accumulator(ABC):
         title = vars(type(self)).get("_title")
         if title is not None and self == type(self)():
             return title
-        values = [getattr(self, field.name) for field in fields(self)] if is_dataclass(self) else []
-        return f"{title or type(self).__name__}({', '.join(map(repr, values))})"
+        own: tuple[Any, ...] = fields(self) if is_dataclass(self) else ()
+        return f"{title or type(self).__name__}({', '.join(repr(getattr(self, x.name)) for x in own)})"
 
     def init(
         self,

@@ -86,9 +86,7 @@ class Uint8(Codes):
         # x + 1/2, so to the one below x and 1. (With u first: XLA would merge 1/2 and 2^23, to 2^23.)
         whole = jax.lax.bitcast_convert_type(quarters + (u + 0.5) + 2.0**23, jnp.int32) - (0x4B000000 + 1)
         code = ((bits >> 23).astype(jnp.int32) - (self.exponent + 127)) * 4 + whole
-        # Select in uint8, do not cast last: XLA duplicates a unary operation, with its producers, into every
-        # consumer's loop.
-        return jnp.where(nu == 0, np.uint8(0), jnp.clip(code, 1, 255).astype(jnp.uint8))
+        return jax.lax.platform_dependent(nu == 0, code, tpu=_cast_last, default=_select_last)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         code = codes.astype(jnp.int32)
@@ -99,7 +97,18 @@ class Uint8(Codes):
             jnp.where(odd, _FRACTIONS[1], _FRACTIONS[0]),
         )
         bits = ((code >> 2) + (self.exponent + 127)) << 23 | fraction
-        return jnp.where(codes == 0, np.float32(0), _float(bits))
+        return jnp.where(code == 0, np.float32(0), _float(bits))
+
+
+def _select_last(is_zero, code):
+    # XLA on CPU duplicates a unary operation, with its producers, into every consumer's loop.
+    return jnp.where(is_zero, np.uint8(0), jnp.clip(code, 1, 255).astype(jnp.uint8))
+
+
+def _cast_last(is_zero, code):
+    # On a TPU an array of bytes has tiles of another shape than one of floats. A cast goes between them; XLA
+    # copies for any other operation on bytes, and the accumulator is not written in place.
+    return jnp.where(is_zero, 0, jnp.clip(code, 1, 255)).astype(jnp.uint8)
 
 
 def _float(bits):
