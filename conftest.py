@@ -7,7 +7,7 @@ import os
 import jax
 import pytest
 
-# glibc keeps what is freed: a worker would have 700 MB after four files that need 300. Other C libraries lack it.
+# glibc keeps what is freed: after four files a worker had 740 MB where it needs 270. Others lack it.
 malloc_trim = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim", lambda pad: 0)
 LARGEST_CACHE = 2**30  # bytes
 LONGEST = ("test_sharding.py", "test_multi_process.py", "test_examples.py")
