@@ -21,7 +21,6 @@ NAMES = (
     "tasks",
     "trace",
     "train",
-    "uint4",
 )
 
 if __name__ == "__main__":
