@@ -1,10 +1,11 @@
 """Opens every page of the built site in headless Chromium; fails on what a reader would see missing.
 
-    .venv-docs/bin/python docs/look.py                      after `make docs`; needs Chromium or Chrome on the PATH
-    .venv-docs/bin/python docs/look.py --pictures FOLDER    also takes each page's picture: light and dark, wide and narrow
+    python docs/look.py                     after `make docs`; needs Chromium or Chrome on the PATH
+    python docs/look.py --pictures FOLDER   also takes each page's picture: light and dark, wide and narrow
 
 A page fails with an error in its console, a picture that does not load, a request that leaves the site, a
-formula that is not typeset, or when it is wider than a narrow screen.
+formula that is not typeset, or when it is wider than a narrow screen. `make docs` installs playwright, which
+drives the browser, in .venv-docs.
 """
 
 import argparse

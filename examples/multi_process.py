@@ -150,7 +150,7 @@ def save(checkpoints, step, state, about):
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
     checkpoints.save(step, args=args, force=True)
     if jax.process_index() == 0:
-        path = checkpoints.directory / str(step)
+        path = Path(checkpoints.directory) / str(step)  # a plain one
         (path / "unfinished").write_text(checksum(path))
         (path / "unfinished").rename(path / "sha256")
 
