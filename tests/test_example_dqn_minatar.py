@@ -41,6 +41,7 @@ def test_ten_frames_are_minatars(dqn_minatar):
         assert (reward, bool(ended)) == (state.rewards[0], state.terminated), f"frame {frame}"
 
 
+@pytest.mark.slow
 def test_an_update_is_pytorchs(dqn_minatar):
     """Ten updates on one batch, from the same weights."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed; see `make peers`")
