@@ -9,7 +9,7 @@ centred RMSProp with learning rate 2.5e-4, alpha 0.95 and eps 0.01, which is `co
 
 The picture sets the mean return of the last 100 episodes beside points of the paper's curve, the mean of 30
 seeds after 5 million frames and on the way. Game, replay buffer and updates are one compiled scan, all seeds
-at once; on two cores some 900 frames a second, on which the optimizer has an eighth.
+at once: on two cores some 900 frames a second, and the optimizer takes an eighth of the time.
 
 What the paper leaves open was read off the authors' program (github.com/kenjyoung/MinAtar, examples/dqn.py).
 PyTorch's smooth L1 loss is Optax's Huber loss; its layers start uniform within 1/sqrt(fan-in); exploration
