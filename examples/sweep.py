@@ -1,8 +1,8 @@
 """Which learning rate, and which decay?
 
-Eight of each make 64 pairs, and all are trained at once: `optax.inject_hyperparams` puts both numbers into the
-optimizer's state, and `jax.vmap` trains 64 networks, each with a state of its own, on the same batches in one
-compiled program. They learn to guess the next character of Python's documentation from the 16 before it:
+Eight of each make 64 pairs, and all are trained at once: `optax.inject_hyperparams` puts both numbers into
+the optimizer's state, and `jax.vmap` trains 64 networks, each with a state of its own, on the same batches in
+one compiled program. They learn to guess the next character of Python's documentation from the 16 before it:
 
     python sweep.py            two minutes on two cores
 
