@@ -151,7 +151,7 @@ def draw(path, results, steps):
             axes.plot(times, values.mean(axis=1), color=SETTINGS[name][-1], label=label, **style)
     loss.set(xlabel="step", yscale="log", title="Validation loss, mean of the seeds")
     moved.set(xlabel="step", title="How far the weights have come (rms)")
-    moved.legend(loc="lower right", fontsize="small", title="per parameter and its state")
+    moved.legend(loc="upper left", fontsize="small", title="per parameter and its state")
     for axes in figure.axes:
         axes.grid(alpha=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)
