@@ -68,12 +68,16 @@ def test_char_rnn_learns_draws_and_writes(tmp_path):
     assert re.search(r"diagnostics.advise:\n +nothing to mend", output)
 
 
-@pytest.mark.slow
 def test_char_rnn_reads_a_text_of_ones_own(tmp_path):
     """Short, and with letters that its training part lacks."""
     (tmp_path / "own.txt").write_text("abcdefgh \n" * 100 + "äöü" * 10, encoding="utf-8")
-    output = run_alone("char_rnn", tmp_path, "--text=own.txt", "--steps=10", "--width=8")
-    assert "927 characters to learn from, 103 to validate on, 13 different ones" in output
+    char_rnn = example("char_rnn")
+    alphabet, train, valid = char_rnn.read_text(tmp_path / "own.txt")
+    assert "".join(alphabet) == "\n abcdefghäöü"
+    assert (len(train), len(valid)) == (927, 103)
+    assert "".join(alphabet[valid[-3:]]) == "äöü"
+    guessed = char_rnn.references(train, valid, len(alphabet))
+    assert 0 < guessed["bigram"] < guessed["unigram"] < 5
 
 
 @pytest.mark.slow
