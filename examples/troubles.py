@@ -45,7 +45,7 @@ TROUBLES = {
     "unstable start": Trouble(
         rmsprop(0.03, decay=0.99),
         rmsprop(warmup(0.03, decay=0.99), decay=0.99),
-        change="learning rate 0.03 -> warmup(0.03, decay=0.99)",
+        change="warmup(0.03, decay=0.99)",
         figure="update_ratio",
     ),
     "stale accumulator": Trouble(
