@@ -76,6 +76,10 @@ def test_a_state_goes_on_as_in_its_version(version, name):
     state = interop.upgrade(pickled(version)[name], fresh(name))
     assert_fits(state, fresh(name))
     _, found = write.steps(name, state, first=write.STEPS)
+    if name == "momentum_dtype":
+        # Since 0.3.0 a step is the buffer as it is stored: numbers up to 0.09, rounded by 2^-8 of themselves.
+        np.testing.assert_allclose(found, TRUTH[version][name], rtol=0, atol=1e-3)
+        return
     # The same bits on the machine that wrote the files. Other processors and other versions of XLA may round
     # reciprocal roots and fused products differently.
     np.testing.assert_array_max_ulp(found, TRUTH[version][name], maxulp=4)
