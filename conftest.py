@@ -7,6 +7,7 @@ import jax
 import pytest
 
 LARGEST_CACHE = 2**30  # bytes
+LONGEST = ("test_sharding.py", "test_multi_process.py", "test_examples.py")
 
 
 def pytest_configure(config):
@@ -26,6 +27,11 @@ def pytest_configure(config):
     ):
         os.environ.setdefault(name.upper(), str(value))
         jax.config.update(name, value)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files begin first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.hookimpl(wrapper=True)
