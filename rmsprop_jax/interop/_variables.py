@@ -33,7 +33,7 @@ _NAMED = (
     r"(?P<optimizer>(?:training/)?[^/]+)/(?P<name>.+)/(?P<word>rms|mg|momentum)",
     r"(?P<name>.+)/(?P<optimizer>RMSProp)(?P<word>|_1|_2)",
 )
-_COUNTED = re.compile(r"(?P<optimizer>optimizer/(?:inner_optimizer/)?)(?:vars|_variables)/(?P<number>\d+)")
+_COUNTED = re.compile(r"(?P<optimizer>.+/)(?:(?<=optimizer/)vars|_variables)/(?P<number>\d+)")
 _OTHERS = (
     *("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw"),
     *("ftrl", "lamb", "lion", "muon", "nadam", "sgd"),
@@ -153,7 +153,7 @@ def _first(short, prefix, ends):
 def _not_one(short, found, own, config):
     """What to say of variables that are not those of one RMSprop."""
     if own:
-        return f"Invalid variables: they are of several optimizers, {' and '.join(map(repr, own))}."
+        return _several(own)
     if "decay" in config:
         return (
             "Invalid file: a .keras file of Keras 2 does not hold the variables of its legacy optimizers: "
@@ -165,6 +165,10 @@ def _not_one(short, found, own, config):
         f"Invalid variables: they are {of}, expected {{v.path: v.numpy() for v in optimizer.variables}} "
         "of a built RMSprop, such as 'rmsprop/dense_kernel_velocity'."
     )
+
+
+def _several(optimizers):
+    return f"Invalid variables: they are of several optimizers, {' and '.join(map(repr, optimizers))}."
 
 
 def _kind(optimizer):
@@ -195,7 +199,10 @@ def _counted(matches, short, order, config):
 
 def _layout(matches, short, config):
     """The keys of the arrays, in their order, of the iteration and of the learning rate."""
-    optimizer = max((match["optimizer"] for match in matches), key=len)  # a wrapper around it repeats these
+    optimizers = sorted({match["optimizer"] for match in matches}, key=len)
+    optimizer = optimizers[-1]  # those around it repeat its variables
+    if not all(map(optimizer.startswith, optimizers)):
+        raise ValueError(_several(optimizers))
     keys = {int(match["number"]): match[0] for match in matches if match["optimizer"] == optimizer}
     places = sorted(keys)
     heads = list(filter(short.__contains__, (f"{optimizer}_iterations", f"{optimizer}_learning_rate")))
