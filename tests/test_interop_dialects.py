@@ -173,7 +173,7 @@ ODD = {
     ),
     "ZeRO's": (
         {"square_avg": np.ones(7), "grad_avg": np.ones(7)},
-        r"shape \(7,\), not \(1, 2\), which 'w' needs: flattened, as FSDP and DeepSpeed's ZeRO.*to_universal",
+        r"shape \(7,\), not \(1, 2\), which 'w' needs \(flattened, as FSDP and DeepSpeed's ZeRO.*_universal",
     ),
     "bitsandbytes', 8 bits": (
         {"__bnb_optimizer_quant_state__": {"state1": np.ones(2), "qmap1": np.ones(256)}},
