@@ -47,13 +47,13 @@ class KerasSource(Source):
       variables: by their names, or their places in a file.
       order: the paths of the model's trainable variables, for places.
       config: the RMSprop's own, for places.
-      learning_rate: of the next step, by default the variable's.
+      rate: the learning rate of the next step, by default the variable's.
       lr_in_momentum: whether the learning rate is in our momentum buffer.
 
     Attributes:
       names: the keys in `variables`, by the model's variable.
       iteration: that of the number of updates, None if there is none.
-      rate: the learning rate of the next step, None where it is not known.
+      rate: as given or, by default, the variable's; None if there is none.
 
     Raises:
       ValueError: for the variables of another optimizer, of two of them, or that do not say what they are.
@@ -123,8 +123,9 @@ def _named(short, config):
     names, prefix = found[own[0]], own[0] and f"{own[0]}/"
     if own[0] == "RMSProp":  # tf.compat.v1's, which has a buffer in any case
         return _in_order(names), "global_step", None, ("buffer",)
-    iteration = _first(short, prefix, ("iteration", "iter", "_iterations", "/iteration"))
-    return names, iteration, _first(short, prefix, ("learning_rate", "_learning_rate")), ()
+    iterations = prefix + "iteration", prefix + "iter", prefix + "_iterations", "iteration"
+    rates = prefix + "learning_rate", prefix + "_learning_rate"
+    return names, *(next(filter(short.__contains__, keys), None) for keys in (iterations, rates)), ()
 
 
 def _in_order(names):
@@ -142,12 +143,6 @@ def _matching(pattern, short):
         moments = names.get(match["name"], Moments())
         names[match["name"]] = moments._replace(**{_WORDS[match["word"]]: match[0]})
     return {o: names for o, names in found.items() if any(m.square for m in names.values())}
-
-
-def _first(short, prefix, ends):
-    """The first key that is there; one that begins with "/" stands for itself."""
-    keys = (end[1:] if end[0] == "/" else prefix + end for end in ends)
-    return next((key for key in keys if key in short), None)
 
 
 def _not_one(short, found, own, config):
