@@ -1,11 +1,12 @@
 # make train   the main job: a recurrent network learns to write Python's documentation
-# make test    the test-suite
+# make test    the quick tests, in minutes: at least one for each promise
+# make test-all  the others too: killed processes, whole examples, sweeps over settings
 # make check   formatting, lint, types
 # make package the sdist and the wheel, checked; the wheel steps in an empty environment
 # make types   how much of the public names has a type: at least TYPES_FLOOR percent
 # make docs    the site, in docs/_build/html
 # make lowest  the tests of what the extras are for, on the oldest versions that pyproject.toml allows
-# make peers   installs PyTorch, Keras, TensorFlow, ...: `make test` then compares with them too
+# make peers   installs PyTorch, Keras, TensorFlow, ...: the tests then compare with them too
 # make accelerators  what XLA's compilers for GPUs and TPUs make of a step, without either: tests, and a table
 # make gpu     measures and tests on a GPU, in nine minutes; the data go to OUT=gpu
 #
@@ -25,15 +26,16 @@ CUDA ?= cuda12
 WHEEL = $(VENV)-wheel
 ACCELERATORS = $(VENV)-accelerators
 LOWEST = $(VENV)-lowest
-LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_output.py tests/test_example*.py)
+LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_watch.py tests/test_example*.py)
 
-.PHONY: train test check docs package types lowest peers accelerators gpu format clean
+.PHONY: train test test-all check docs package types lowest peers accelerators gpu format clean
 
 train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
 
-test: $(VENV)/.installed
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+test: SELECTION = -m 'not slow'
+test test-all: $(VENV)/.installed
+	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(SELECTION) $(PYTEST_ARGS)
 
 check: $(VENV)/.installed
 	$(PY) -m ruff format --check .

@@ -1,13 +1,44 @@
-"""Every test leaves the register of troubles as it was, the doctest of `diagnostics.trouble` too."""
+"""What all tests and doctests share: compiled programs kept on disk and not in memory."""
 
+import gc
+import os
+
+import jax
 import pytest
 
+LARGEST_CACHE = 2**30  # bytes
+LONGEST = ("test_sharding.py", "test_multi_process.py", "test_examples.py")
 
-@pytest.fixture(autouse=True)
-def _no_new_troubles():
-    from rmsprop_jax.diagnostics._finding import TROUBLES
 
-    before = dict(TROUBLES)
-    yield
-    TROUBLES.clear()
-    TROUBLES.update(before)
+def pytest_configure(config):
+    """Programs are compiled once for all workers, for the processes that tests start, and for the next run.
+
+    `make clean`, or pytest's `--cache-clear`, empties the cache; JAX compiles what another version wrote.
+    """
+    if not hasattr(config, "cache"):  # -p no:cacheprovider
+        return
+    folder = config.cache.mkdir("jax")
+    if not hasattr(config, "workerinput") and sum(x.stat().st_size for x in folder.iterdir()) > LARGEST_CACHE:
+        for path in folder.iterdir():
+            path.unlink()
+    for name, value in (
+        ("jax_compilation_cache_dir", str(folder)),
+        ("jax_persistent_cache_min_compile_time_secs", 0),
+    ):
+        os.environ.setdefault(name.upper(), str(value))
+        jax.config.update(name, value)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files begin first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """A file's programs go with it: all of them together would take gigabytes."""
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+        gc.collect()
+    return result

@@ -79,7 +79,7 @@ def chain(*parts):
 
 
 def trace(decay, nesterov, dtype):
-    """`optax.trace`, stored between updates in `dtype`. Its update takes `count`, the updates before this one."""
+    """`optax.trace`, stored between updates in `dtype`. Its update takes the `count` of earlier updates."""
     decay = _checks.decay("momentum", decay)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"Invalid momentum_dtype: momentum_dtype={dtype!r}, expected a floating dtype.")

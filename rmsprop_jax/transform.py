@@ -4,6 +4,7 @@ The rule itself is in `_rule.py`.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,15 +94,8 @@ def scale_by_rms(
       Graves, `Generating Sequences With Recurrent Neural Networks
       <https://arxiv.org/abs/1308.0850>`_, 2013
     """
-    stored_by = accumulators.resolve(accumulator)
-    settings = Settings(
-        decay=_checks.decay("decay", decay),
-        eps=_checks.precise_number("eps", eps),
-        eps_in_sqrt=_checks.flag("eps_in_sqrt", eps_in_sqrt),
-        bias_correction=_checks.flag("bias_correction", bias_correction),
-        centered=_checks.flag("centered", centered),
-        accumulator=stored_by,
-    )
+    settings = Settings(decay, eps, eps_in_sqrt, bias_correction, centered, accumulator)
+    stored_by = settings.accumulator
     accumulators.check_centered(stored_by, settings.centered)
     initial_scale = _checks.precise_number("initial_scale", initial_scale)
     if bias_correction and isinstance(initial_scale, float) and initial_scale != 0:
@@ -122,13 +116,13 @@ def scale_by_rms(
         grads, treedef, trees, nus, mus = _flatten_as_stored(updates, state, settings)
         count = _incremented(state.count)
         now = count if bias_correction or stored_by.rounds else None
-        numbers = leaf_numbers(nus) if stored_by.rounds else [None] * len(nus)
+        numbers = leaf_numbers([nu[0] for nu in nus]) if stored_by.rounds else [None] * len(nus)
         results = [
             (None, nu, mu) if g is None else rule(g, nu, mu, number, now, settings)
             for g, nu, mu, number in zip(grads, nus, mus, numbers, strict=True)
         ]
         us, nus, mus = zip(*results, strict=True) if results else ((), (), ())
-        nu = nu_of(stored_by, map(jax.tree.structure, trees), nus)
+        nu = nu_of(stored_by, trees, nus)
         mu = treedef.unflatten(mus) if centered else None
         return treedef.unflatten(us), ScaleByRmsState(count, nu, mu)
 
@@ -141,8 +135,7 @@ _incremented = jax.jit(optax.safe_increment, inline=True)
 
 def _initial_nu(accumulator, params, stored):
     """`nu` from what is stored for each parameter; Flax's boxes name no axis over which they hold a mean."""
-    treedef = jax.tree.structure(params)
-    nu = nu_of(accumulator, [treedef] * (len(accumulator.parts) or 1), stored)
+    nu = nu_of(accumulator, [params] * (len(accumulator.parts) or 1), stored)
     if not accumulator.parts:
         return nu
     fit = partial(jax.tree.map, fitted_box, is_leaf=is_box)
@@ -161,6 +154,7 @@ def _flatten_as_stored(grads, state, settings):
     if settings.centered != (state.mu is not None) and jax.tree.leaves(state.nu):
         raise ValueError(f"Invalid state: it was initialised with centered={not settings.centered}.")
     accumulator = settings.accumulator
+    treedef: Any
     leaves, treedef = jax.tree.flatten(grads, is_leaf=is_none)
     if (trees := accumulator.trees(state.nu)) is None:
         raise ValueError(_of_another(state, accumulator))
@@ -169,7 +163,7 @@ def _flatten_as_stored(grads, state, settings):
         mus = [None] * len(leaves) if state.mu is None else treedef.flatten_up_to(state.mu)
     except ValueError:
         raise ValueError(_of_another(state, accumulator) or tree_mismatch(grads, trees[0])) from None
-    nus = list(zip(*nus, strict=True)) if accumulator.parts else nus[0]
+    nus = list(zip(*nus, strict=True))
     for index, of_leaf in enumerate(zip(leaves, nus, mus, strict=True)):
         if of_leaf[0] is not None and (problem := _mismatch(accumulator, *of_leaf)) is not None:
             path, _ = jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_none)[index]
@@ -181,7 +175,8 @@ def _flatten_up_to(treedef, grads, tree):
     try:
         return treedef.flatten_up_to(tree)
     except ValueError:  # Flax's boxes, which differ where their axes' names do
-        return jax.tree.structure(unboxed(grads), is_leaf=is_none).flatten_up_to(unboxed(tree))
+        treedef = jax.tree.structure(unboxed(grads), is_leaf=is_none)
+        return treedef.flatten_up_to(unboxed(tree))
 
 
 def _of_another(state, accumulator):
@@ -196,35 +191,39 @@ def _of_another(state, accumulator):
 
 
 def _mismatch(accumulator, g, nu, mu):
-    """What is wrong with a leaf, with {} for its name; None if nothing is."""
-    shape, dtype = jnp.shape(g), dtype_of(g)
-    found, expected = nu if accumulator.parts else (nu,), stored_like(accumulator, shape)
-    shapes = [getattr(x, "shape", "None" if x is None else "a subtree") for x in found]
-    if shapes != [x.shape for x in expected]:
-        if accumulator.elementwise:
-            return f"Gradient {{}} has shape {shape}, the state was initialised for {shapes[0]}."
-        return (
-            f"Gradient {{}} has shape {shape}, for which {accumulator.name!r} stores arrays of shapes "
-            f"{[x.shape for x in expected]}, the state has {shapes}. A state that jax.vmap(tx.init) made "
-            "takes jax.vmap(tx.update)."
-        )
+    """The error for a leaf, with {} for its name; None if it fits. Eager updates ask for each leaf."""
+    shape, dtype = getattr(g, "shape", ()), dtype_of(g)
+    expected = stored_like(accumulator, shape)
+    for x, y in zip(nu, expected, strict=True):
+        if getattr(x, "shape", None) != y.shape:
+            return _shape_mismatch(accumulator, shape, nu, expected)
+        if x.dtype != y.dtype and not (is_wide(x.dtype) and is_wide(y.dtype)):
+            return (
+                f"Invalid state: the nu of {{}} has dtype {x.dtype}, {accumulator.name!r} stores {y.dtype}. "
+                "Restore it in the dtypes of tx.init(params)."
+            )
     if dtype == jax.dtypes.float0:
         return (
             "Gradient {} has dtype float0: its parameter is not differentiable. optax.masked leaves it out."
         )
     if not jnp.issubdtype(dtype, jnp.inexact):
         return f"Gradient {{}} has dtype {dtype}, expected floating or complex."
-    for x, y in zip(found, expected, strict=True):
-        if (own := dtype_of(x)) != y.dtype and not (is_wide(own) and is_wide(y.dtype)):
-            return (
-                f"Invalid state: the nu of {{}} has dtype {own}, {accumulator.name!r} stores {y.dtype}. "
-                "Restore it in the dtypes of tx.init(params)."
-            )
     if mu is not None and jnp.iscomplexobj(g) and not jnp.iscomplexobj(mu):
         return f"Gradient {{}} has dtype {dtype}, the state was initialised for real gradients."
-    if mu is not None and wide(dtype_of(mu)) != dtype_of(mu):
-        return f"Invalid state: the mu of {{}} has dtype {dtype_of(mu)}, expected float32 at least."
+    if mu is not None and wide(mu.dtype) != mu.dtype:
+        return f"Invalid state: the mu of {{}} has dtype {mu.dtype}, expected float32 at least."
     return None
+
+
+def _shape_mismatch(accumulator, shape, found, expected):
+    shapes = [getattr(x, "shape", "None" if x is None else "a subtree") for x in found]
+    if accumulator.elementwise:
+        return f"Gradient {{}} has shape {shape}, the state was initialised for {shapes[0]}."
+    return (
+        f"Gradient {{}} has shape {shape}, for which {accumulator.name!r} stores arrays of shapes "
+        f"{[x.shape for x in expected]}, the state has {shapes}. A state that jax.vmap(tx.init) made takes "
+        "jax.vmap(tx.update)."
+    )
 
 
 def _accumulator_dtype(path, param):

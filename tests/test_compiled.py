@@ -27,7 +27,7 @@ from rmsprop_jax import rmsprop, scale_by_rms, warmup
 def test_a_donated_step_needs_no_temporary_and_no_copy(form, dtype):
     params = arrays(dtype)
     # Scalars alone: no leaf, however small, is held twice.
-    smallest = min(x.nbytes for x in params)
+    smallest = min(x.size * x.dtype.itemsize for x in params)
     assert_in_place(compiled_step(rmsprop(warmup(1e-3), **form), params), temporary=smallest)
 
 

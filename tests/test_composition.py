@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import each, step_of
+from helpers import each, quick, step_of
 
 from rmsprop_jax import ScaleByRmsState, rmsprop, scale_by_rms, warmup
 
@@ -48,9 +48,10 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize(
-    "form", [{}, {"momentum": 0.5}, {"centered": True, "bias_correction": True, "eps": 1e-2}]
-)
+ALL = {"centered": True, "bias_correction": True, "momentum": 0.5, "eps": 1e-2}
+
+
+@pytest.mark.parametrize("form", quick([ALL, {}, {"momentum": 0.5}], [ALL]))
 @each(wrap=WRAPPED)
 def test_it_trains_inside_the_wrappers_of_optax(wrap, form):
     params, _ = train(wrap(rmsprop(ANNEALED, **form)), steps=800)
@@ -209,7 +210,7 @@ def test_vmap_trains_an_ensemble_with_a_learning_rate_each():
         return params
 
     rates = jnp.array([0.01, 0.1, 1.0])
-    ensemble = jax.vmap(train_one)(rates)
+    ensemble, train_one = jax.jit(jax.vmap(train_one))(rates), jax.jit(train_one)
     for i, rate in enumerate(rates):
         chex.assert_trees_all_close(jax.tree.map(lambda x: x[i], ensemble), train_one(rate), rtol=1e-5)  # noqa: B023
 
@@ -240,5 +241,5 @@ def test_meta_gradients_flow_through_an_update(eps_in_sqrt, zero):
             w = w - learning_rate * u
         return jnp.sum(w**2)
 
-    slope = jax.grad(after)(0.1)
+    slope, after = jax.jit(jax.grad(after))(0.1), jax.jit(after)
     np.testing.assert_allclose(slope, (after(0.101) - after(0.099)) / 0.002, rtol=1e-2, atol=1e-6)

@@ -9,6 +9,7 @@ import pytest
 
 from rmsprop_jax import rounding
 
+to_dtype = jax.jit(rounding.to_dtype, static_argnums=1)
 DTYPES = ["bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
 
 
@@ -29,7 +30,7 @@ def test_the_mean_is_the_number_and_the_values_are_its_neighbours(dtype):
     size = 4096
     shape = (len(numbers), size)
     thresholds = jnp.broadcast_to(uniform(size)[None], shape)
-    rounded = rounding.to_dtype(jnp.broadcast_to(numbers[:, None], shape), dtype, thresholds)
+    rounded = to_dtype(jnp.broadcast_to(numbers[:, None], shape), dtype, thresholds)
     assert rounded.dtype == dtype
     rounded = np.asarray(rounded, np.float64)
     nearest = np.asarray(numbers.astype(dtype), np.float64)
@@ -49,7 +50,7 @@ def test_what_the_dtype_has_stays(dtype):
     numbers = numbers[np.isfinite(numbers) & ((numbers == 0) | (np.abs(numbers) > 1.2e-38))]
     numbers = jnp.asarray(numbers)  # without float32's subnormal numbers, which XLA on CPU takes for 0
     for threshold in (0, 1, 2**31, 2**32 - 1):
-        rounded = rounding.to_dtype(numbers, dtype, jnp.full(numbers.shape, threshold, jnp.uint32))
+        rounded = to_dtype(numbers, dtype, jnp.full(numbers.shape, threshold, jnp.uint32))
         np.testing.assert_array_equal(rounded.astype(jnp.float32), numbers)
 
 
@@ -59,13 +60,13 @@ def test_the_finite_stays_finite_and_nan_stays_nan(dtype):
     loudest = jnp.asarray(np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32))
     for threshold in (0, 2**32 - 1):
         thresholds = jnp.full(2, threshold, jnp.uint32)
-        chex.assert_tree_all_finite(rounding.to_dtype(jnp.array([largest, -largest]), dtype, thresholds))
-        assert jnp.all(jnp.isnan(rounding.to_dtype(loudest, dtype, thresholds)))
+        chex.assert_tree_all_finite(to_dtype(jnp.array([largest, -largest]), dtype, thresholds))
+        assert jnp.all(jnp.isnan(to_dtype(loudest, dtype, thresholds)))
 
 
 def test_wide_dtypes_are_a_cast():
     x = jnp.array([1.1, jnp.inf])
-    np.testing.assert_array_equal(rounding.to_dtype(x, jnp.float32, uniform(2)), x)
+    np.testing.assert_array_equal(to_dtype(x, jnp.float32, uniform(2)), x)
 
 
 def test_thresholds_are_even_in_time_for_each_element_and_over_the_elements():
@@ -109,4 +110,4 @@ def test_random_thresholds_are_random_over_elements_leaves_and_seeds():
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 0, 3), (2,) * 9])
 def test_every_shape(shape):
     assert rounding.thresholds(shape, 0, 0).shape == shape
-    assert rounding.to_dtype(jnp.ones(shape), "bfloat16", rounding.thresholds(shape, 0, 0)).shape == shape
+    assert to_dtype(jnp.ones(shape), "bfloat16", rounding.thresholds(shape, 0, 0)).shape == shape

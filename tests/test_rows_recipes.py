@@ -111,6 +111,7 @@ def check_against_dense(by_rows, dense, tables, params):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_example_in_short(tmp_path):
     pytest.importorskip("matplotlib", reason="the examples' extra is not installed")
     example = shortened.example("embeddings")

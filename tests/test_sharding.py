@@ -61,7 +61,9 @@ def test_means_follow_rows_and_columns(param, row, column):
     """And are split over the data, each by itself."""
     tx = rmsprop(1e-3, accumulator=accumulators.Factored(2), momentum=0.9)
     state = state_sharding(tx, {"w": param}, MESH, "data")
-    assert [x.spec for x in state[0].nu["w"]] == [PartitionSpec(*row), PartitionSpec(*column)]
+    nu = state[0].nu["factored(2)"]
+    means = [nu[part]["w"].spec for part in ("row_mean", "column_mean")]
+    assert means == [PartitionSpec(*row), PartitionSpec(*column)]
     assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(tx.init, {"w": param}))
 
 

@@ -30,12 +30,12 @@ class Codes(Accumulator):
     def decode(self, codes: jax.Array) -> jax.Array:
         """Numbers, float32."""
 
-    def store(self, nu: jax.Array, thresholds: Thresholds) -> jax.Array:
+    def store(self, nu: jax.Array, thresholds: Thresholds) -> Stored:
         nu = jnp.minimum(nu, float(jnp.finfo(jnp.float32).max)).astype(jnp.float32)
-        return self.encode(nu, thresholds(nu.shape))
+        return (self.encode(nu, thresholds(nu.shape)),)
 
     def read(self, stored: Stored) -> jax.Array:
-        return self.decode(stored)  # type: ignore[arg-type]
+        return self.decode(*stored)
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ class Factored(Accumulator):
     ) -> tuple[Stored, jax.Array]:
         over = self.over(g.shape)
         if over is None:
-            whole, nu = Float32().average(old[0], g, added, decay, thresholds)
-            return (whole, old[1]), nu
+            whole, nu = Float32().average(old[:1], g, added, decay, thresholds)
+            return (*whole, old[1]), nu
         now = added(g)
         row, column = (
             mean + decay * before.astype(now.dtype)
@@ -133,8 +133,8 @@ def _means(g, added, over):
         return tuple(_mean(now, axis) for axis in over)
 
     # XLA on CPUs and GPUs stores the squares before it sums them: four bytes for each element, as many as
-    # there are to save. On a CPU it stores those of one block instead; on a mesh it would collect the blocks
-    # from all devices.
+    # there are to save. On a CPU it stores those of one block instead, but on a mesh it would collect the
+    # blocks from all devices.
     size = math.prod(g.shape)
     if not isinstance(size, int) or size <= _BLOCK:
         return whole(g)

@@ -206,8 +206,8 @@ def _check_follows(params, copy):
         if jnp.shape(x) != shapes.get(name):
             raise ValueError(
                 f"Invalid tx: its state for parameter {name!r} of shape {shapes.get(name)} has shape "
-                f"{jnp.shape(x)}. rows.lazy takes optimizers whose state follows its parameters, not "
-                "'factored' accumulators or Adafactor."
+                f"{jnp.shape(x)}. rows.lazy takes optimizers whose state follows its parameters; the means "
+                "of 'factored' depend on a whole table."
             )
 
 

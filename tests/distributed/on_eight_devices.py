@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import forms
+from helpers import forms, quick
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import LAYOUTS, assert_equal, data_mesh, mesh_of, placed, shardings
 
@@ -58,11 +58,10 @@ def updated(tx, dtype, place=lambda tree: tree, zero=None):
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [
-        ("plain", jnp.float32),
-        ("uint8", jnp.bfloat16),
-        *(pytest.param(form, jnp.float32, marks=pytest.mark.slow) for form in FORMS if form != "plain"),
-    ],
+    quick(
+        [("uint8", jnp.bfloat16), *((form, jnp.float32) for form in FORMS)],
+        [("plain", jnp.float32), ("uint8", jnp.bfloat16)],
+    ),
 )
 def test_same_numbers_on_every_mesh(form, dtype):
     """Bit for bit: the rule is elementwise, and rounding goes by an element's place in the whole array."""
@@ -97,7 +96,8 @@ def test_init_takes_the_parameters_shardings(kind):
     """Eagerly, jitted, and where the shapes alone have them, on explicit axes, in eval_shape too."""
     tx = rmsprop(0.01, accumulator="uint8", centered=True, momentum=0.9)
     mesh = mesh_of(8, kind)
-    params = placed(random(np.random.default_rng(0)), mesh, LAYOUTS["both"])
+    params = random(np.random.default_rng(0))
+    params = placed({name: params[name] for name in ("kernel", "odd")}, mesh, LAYOUTS["both"])
     states = initialised(tx, params, mesh, kind)
     for state in states:
         for tree in (state[0].nu, state[0].mu, state[2].trace):
@@ -131,7 +131,7 @@ def trained(tx, mesh=None, spec=None, zero=False, steps=20):
     if mesh is not None:
         params = placed(params, mesh, spec)
         batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    state, layout = tx.init(params), None
+    state, layout = jax.jit(tx.init)(params), None
     if mesh is not None:
         on_all = NamedSharding(mesh, PartitionSpec())
         in_parts = state_sharding(tx, params, mesh, "data")
@@ -153,31 +153,36 @@ def trained(tx, mesh=None, spec=None, zero=False, steps=20):
     return params, state, losses, step
 
 
-@pytest.mark.parametrize("accumulator", ["float32", "uint8"])
-def test_a_training_run_is_the_same_on_every_mesh(accumulator):
+FIRST = [(8, "replicated", True), (4, "both", False)]
+MORE = [
+    (1, "replicated", False),
+    (2, "replicated", True),
+    (4, "fully sharded", False),
+    (8, "tensor-parallel", False),
+]
+ON = {"float32": ("float32", FIRST), "uint8": ("uint8", FIRST), "more": ("float32", MORE)}
+
+
+@pytest.mark.parametrize("name", quick(ON, ["float32", "uint8"]))
+def test_a_training_run_is_the_same_on_every_mesh(name):
     """To the rounding of the model's sums, which a mesh cuts up: 1e-6 of a gradient, in 20 steps of 0.01."""
+    accumulator, meshes = ON[name]
     tx = rmsprop(warmup(0.01), 0.99, accumulator=accumulator)
     params, _, losses, _ = trained(tx)
     assert losses[-1] < losses[0] / 10
     # A step has the learning rate's size even where a gradient is all rounding; and a code of one byte that
     # falls on the other side of its threshold is 19% off for some steps.
     rtol = 1e-2 if accumulator == "uint8" else 1e-3
-    meshes = [
-        (8, "replicated", True),
-        (4, "both", False),
-        (1, "replicated", False),
-        (2, "replicated", True),
-        (4, "fully sharded", False),
-        (8, "tensor-parallel", False),
-    ]
-    for devices, name, zero in meshes[: 2 if accumulator == "uint8" else None]:
+    for devices, name, zero in meshes:
         actual, _, others, _ = trained(tx, mesh_of(devices), LAYOUTS[name], zero)
         np.testing.assert_allclose(others, losses, rtol=rtol, err_msg=f"{devices=}, {name}, {zero=}")
         for leaf, expected in params.items():
             np.testing.assert_allclose(actual[leaf], expected, rtol=0, atol=rtol, err_msg=leaf)
 
 
-@pytest.mark.parametrize("form", ["plain", "centered_momentum", "uint8", "adam"])
+@pytest.mark.parametrize(
+    "form", quick(["plain", "centered_momentum", "uint8", "adam"], ["centered_momentum", "uint8"])
+)
 def test_zero_keeps_an_eighth_on_each_device(form):
     """And the compiled step gathers the new parameters, and nothing else."""
     tx = optax.adam(0.01) if form == "adam" else rmsprop(0.01, **FORMS[form])
@@ -262,8 +267,13 @@ def test_accumulators_in_the_hosts_memory():
     assert_equal(params, jax.device_get(expected))
 
 
-@pytest.mark.parametrize("made", ["inside", "outside"])
-@pytest.mark.parametrize("name", [name for name in FORMS if name != "uint8"])
+SPLIT = [(name, made) for name in FORMS if name != "uint8" for made in ("inside", "outside")]
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    quick(SPLIT, [("plain", "outside"), ("centered_momentum", "inside"), ("bfloat16", "outside")]),
+)
 def test_inside_shard_map_with_varying_axes_checked(name, made):
     """Each device its part; thresholds count the elements of a part, so bytes are left out."""
     tx = rmsprop(warmup(0.1), **FORMS[name])

@@ -99,6 +99,7 @@ def copy_of(undisturbed, tmp_path):
     return shutil.copytree(undisturbed[0], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_it_learns_draws_and_prints(undisturbed):
     out, output = undisturbed
     _, history = saved(out, STEPS)
@@ -158,14 +159,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(start, progr
     assert f"no checkpoint in {out / 'checkpoints'} can be used" in errors
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "one is killed",
-        "the launcher is stopped",
-        pytest.param("the launcher is killed", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["one is killed", "the launcher is stopped", "the launcher is killed"])
 def test_they_end_together(start, tmp_path, case):
     process = start(*TWO_BY_FOUR, "--steps=100000", "--every=2", "--out", tmp_path)
     printed = process.stdout.readline()
@@ -204,6 +199,7 @@ def test_it_says_what_is_wrong(start, tmp_path):
     assert errors.strip() == "--batch 6 cannot be shared out evenly among 4 devices."
 
 
+@pytest.mark.slow
 def test_damage_of_any_kind_is_noticed_or_harmless(program, tmp_path):
     output = program("damaged_checkpoints.py", tmp_path)
     assert "['w'] has changed since it was saved" in output  # which Orbax has not noticed
