@@ -81,6 +81,19 @@ def test_thresholds_are_even_in_time_for_each_element_and_over_the_elements():
     assert jnp.all(over_elements != other_leaf)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(256, 256), (65536,), (3, 3, 64, 128)], ids=str)
+def test_the_errors_of_any_two_leaves_are_uncorrelated(shape):
+    """Over 65,536 elements random ones are correlated by 0.004, and some of half a million pairs by 0.02."""
+    thresholds = jax.jit(jax.vmap(lambda leaf: rounding.thresholds(shape, leaf, 7)))(jnp.arange(1000))
+    # The error of rounding up below its threshold, in the mean over what is rounded.
+    errors = np.asarray(thresholds).reshape(1000, -1).astype(np.float32) / 2.0**32 - 0.5
+    errors -= errors.mean(axis=1, keepdims=True)
+    errors /= np.linalg.norm(errors, axis=1, keepdims=True)
+    correlation = np.abs(errors @ errors.T) - np.eye(1000, dtype=np.float32)
+    assert correlation.max() < 0.05
+
+
 def test_random_thresholds_are_random_over_elements_leaves_and_seeds():
     def some(leaf, *seed):
         thresholds = rounding.random_thresholds((100, 100), leaf, jnp.array(seed, jnp.uint32))

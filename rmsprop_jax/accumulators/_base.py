@@ -98,7 +98,7 @@ class Accumulator(ABC):
         nu = now + decay * self.read(old).astype(now.dtype)
         stored = self.store(nu, thresholds)
         read = straight_through(self.read(stored), nu)
-        return stored, jnp.maximum(read.astype(nu.dtype), now)
+        return stored, at_least(read.astype(nu.dtype), now)
 
     def trees(self, nu: Any) -> tuple[Any, ...] | None:
         """The trees of stored arrays in a state's `nu`; None if another accumulator stores it."""
@@ -144,6 +144,14 @@ class Float32(Accumulator):
 
     def joined(self, trees: tuple[Any, ...]) -> Any:
         return trees[0]
+
+
+def at_least(x: jax.Array, least: jax.Array) -> jax.Array:
+    """The greater of `x` and `least`, both at least 0 or NaN; NaN where `x` is.
+
+    One instruction on x86, where `jnp.maximum`, which looks for NaN in both, takes four.
+    """
+    return jnp.abs(jnp.where(least > x, least, x))
 
 
 def thresholds_of(leaf: jax.typing.ArrayLike, count: jax.typing.ArrayLike) -> Thresholds:
