@@ -83,10 +83,8 @@ def test_a_state_goes_on_as_in_its_version(version, name):
     if name in ROUNDED:
         # 0.3.0 rounds by other thresholds: to another neighbour, in steps of 0.01 and sums of ten of them.
         np.testing.assert_allclose(found, TRUTH[version][name], rtol=0, atol=ROUNDED[name])
-        new = {x.tobytes() for x in map(np.asarray, jax.tree.leaves(state))}
-        assert {
-            x.tobytes() for x in map(np.asarray, jax.tree.leaves(pickled(version)[name])) if x.ndim
-        } <= new
+        old, new = (map(np.asarray, jax.tree.leaves(tree)) for tree in (pickled(version)[name], state))
+        assert {x.tobytes() for x in old if x.ndim} <= {x.tobytes() for x in new}
         return
     # The same bits on the machine that wrote the files. Other processors and other versions of XLA may round
     # reciprocal roots and fused products differently.
