@@ -8,6 +8,7 @@
 # make lowest  the tests of what the extras are for, on the oldest versions that pyproject.toml allows
 # make mutants  how many small changes to the core its tests notice, in hours; MUTANTS="--each 9" takes fewer
 # make peers   installs PyTorch, Keras, TensorFlow, ...: the tests then compare with them too
+# make accelerators  what XLA's compilers for GPUs and TPUs make of a step, without either: tests, and a table
 # make gpu     measures and tests on a GPU, in nine minutes; the data go to OUT=gpu
 #
 # Each sets up what it needs in $(VENV), and uses it again when it is there. Another interpreter:
@@ -25,10 +26,11 @@ OUT ?= gpu
 MUTANTS ?= --jobs 2
 CUDA ?= cuda12
 WHEEL = $(VENV)-wheel
+ACCELERATORS = $(VENV)-accelerators
 LOWEST = $(VENV)-lowest
-LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_output.py tests/test_example*.py)
+LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_watch.py tests/test_example*.py)
 
-.PHONY: train test test-all check docs package types lowest mutants peers gpu format clean
+.PHONY: train test test-all check docs package types lowest mutants peers accelerators gpu format clean
 
 train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
@@ -100,6 +102,21 @@ peers: $(VENV)/.peers
 $(VENV)/.peers: $(VENV)/.installed
 	$(PY) -m pip install --quiet --group peers $(PIP_ARGS)
 	$(PY) -m pip install --quiet --no-deps bitsandbytes dm-sonnet minatar stable-baselines3 timm $(PIP_ARGS)
+	touch $@
+
+# In a virtual environment of its own: with these installed, JAX looks for GPUs and TPUs wherever it runs.
+accelerators: $(ACCELERATORS)/.installed
+	$(ACCELERATORS)/bin/python -m pytest -q -m accelerators tests/accelerators $(PYTEST_ARGS)
+	$(ACCELERATORS)/bin/python -m benchmarks accelerators --short
+
+# Without their dependencies: 320 MB, and neither CUDA's libraries nor a driver.
+$(ACCELERATORS)/.installed: pyproject.toml
+	test -x $(ACCELERATORS)/bin/python || $(PYTHON) -m venv $(ACCELERATORS)
+	$(ACCELERATORS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(ACCELERATORS)/bin/python -m pip install --quiet --editable . --group test $(PIP_ARGS)
+	version=$$($(ACCELERATORS)/bin/python -c 'import jax; print(jax.__version__)') && \
+	$(ACCELERATORS)/bin/python -m pip install --quiet --no-deps \
+	    jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version libtpu
 	touch $@
 
 # With the interpreter's own JAX where it has one that sees the GPU.

@@ -3,7 +3,6 @@
 import math
 import re
 import time
-from collections import Counter
 from functools import partial
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import rmsprop_jax
+from benchmarks._program import Program
 from benchmarks.side_by_side import built_twice
 
 PACKAGES = {"optax": optax, "ours": rmsprop_jax}
@@ -99,17 +99,9 @@ def size(tree):
 
 def operations(program):
     """How often each operation is in a compiled program's text, in its entry and in what that calls."""
-    parts = dict(re.findall(r"^(ENTRY|%?[\w.-]+) [^\n]*\{$(.*?)^\}", program, re.MULTILINE | re.DOTALL))
-    found, left = Counter(), ["ENTRY"]
-    while left:
-        for name, rest in _OPERATION.findall(parts[left.pop()]):
-            found[name] += 1
-            if name == "call":  # on a GPU, of kernels that are launched together
-                left += re.findall(r"to_apply=(%?[\w.-]+)", rest)
-    return dict(found)
+    return dict(Program(program).kinds())
 
 
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%?\S+ = .*? ([a-z][\w-]*)\((.*)$", re.MULTILINE)
 _FREE = "parameter|constant|tuple|get-tuple-element|bitcast|call|copy-done|async-done"
 
 

@@ -17,7 +17,7 @@ from rmsprop_jax import _checks, rounding
 from rmsprop_jax._dtypes import dtype_of, narrow, wide, widen
 from rmsprop_jax._rule import Settings
 from rmsprop_jax._tree import is_none, leaf_numbers, refusal
-from rmsprop_jax._xla import full_like
+from rmsprop_jax._xla import full_like, ordered_after
 
 
 class Transformation(optax.GradientTransformationExtraArgs):
@@ -106,14 +106,16 @@ def trace(decay, nesterov, dtype):
                     f"Invalid state: a momentum buffer is stored as {old.dtype}, this optimizer stores it as "
                     f"{expected}: optax.tree.cast converts it."
                 )
-            new = _traced(g, widen(old), decay)
-            u = _traced(g, new, decay) if nesterov else new
-            if new.dtype == old.dtype:
-                return u, new
-            # Leaf ids counted down from 2**32 - 1: nu's ids count up from 0, so the two never share
-            # thresholds.
-            thresholds = rounding.thresholds(new.shape, np.uint32(2**32 - 1) - number, count)
-            return u, rounding.to_dtype(new, old.dtype, thresholds)
+            stored = new = _traced(g, widen(old), decay)
+            if new.dtype != old.dtype:
+                # Leaf ids counted down from 2**32 - 1: nu's ids count up from 0, so the two never share
+                # thresholds.
+                thresholds = rounding.thresholds(new.shape, np.uint32(2**32 - 1) - number, count)
+                stored = rounding.to_dtype(new, old.dtype, thresholds)
+                # The update reads the stored buffer, as it reads stored codes of nu: so nothing reads `old`
+                # any more, which is written in place. Without the order XLA on GPUs keeps a float32 copy.
+                new = ordered_after(stored.astype(new.dtype), jnp.isnan(stored) & (stored > 0))
+            return _traced(g, new, decay) if nesterov else new, stored
 
         steps = list(map(step, grads, buffers, numbers))
         us, buffers = (treedef.unflatten(xs) for xs in (zip(*steps, strict=True) if steps else ((), ())))

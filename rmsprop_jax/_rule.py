@@ -15,22 +15,26 @@ exponentially weighted sums.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rmsprop_jax import accumulators
+from rmsprop_jax import _checks, accumulators
 from rmsprop_jax._division import divided
 from rmsprop_jax._dtypes import abs_sq, clip_for_square, narrow, times, wide
 
 
 @jax.tree_util.register_pytree_node_class
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Settings:
-    """The settings of an RMSProp, which its rule takes, and whoever measures or continues it.
+    """The hyper-parameters that an RMSProp's rule needs.
+
+    An optimizer of this package has them as its attribute `settings`. For any other, such as one of Optax or
+    inside one of Optax's chains, :func:`rmsprop_jax.diagnostics.watch` and
+    :func:`rmsprop_jax.diagnostics.measure` take them.
 
     A pytree whose leaves are the numbers that arrive as arrays, such as those of `optax.inject_hyperparams`;
     Python numbers, flags and the accumulator are its structure. So under `jax.jit` the former are operands,
@@ -42,29 +46,60 @@ class Settings:
       eps_in_sqrt: whether `eps` is added under the root or to the root.
       bias_correction: whether `nu` is divided by ``1 - decay**count`` before it is used.
       centered: whether `nu` is the second moment about the running mean `mu`.
-      accumulator: how `nu` is stored.
+      accumulator: what stores `nu`: a name or an object of :mod:`rmsprop_jax.accumulators`.
+
+    Raises:
+      ValueError: for a number out of range, an array of less than float32, a flag that is no bool, or an
+        unknown accumulator, naming the argument.
+
+    Example:
+      >>> import rmsprop_jax
+      >>> settings = rmsprop_jax.Settings(decay=0.99, eps=1e-5)
+      >>> settings == rmsprop_jax.rmsprop(1e-3, decay=0.99, eps=1e-5).settings
+      True
     """
 
     decay: float | jax.Array
-    eps: float | jax.Array = 1e-8
-    eps_in_sqrt: bool = True
-    bias_correction: bool = False
-    centered: bool = False
-    accumulator: accumulators.Accumulator = accumulators.NAMED["float32"]
+    eps: float | jax.Array
+    eps_in_sqrt: bool
+    bias_correction: bool
+    centered: bool
+    accumulator: accumulators.Accumulator
+
+    def __init__(
+        self,
+        decay: jax.typing.ArrayLike,
+        eps: jax.typing.ArrayLike = 1e-8,
+        eps_in_sqrt: bool = True,
+        bias_correction: bool = False,
+        centered: bool = False,
+        accumulator: accumulators.Name | str | accumulators.Accumulator = "float32",
+    ) -> None:
+        self.__dict__.update(
+            decay=_checks.decay("decay", decay),
+            eps=_checks.precise_number("eps", eps),
+            eps_in_sqrt=_checks.flag("eps_in_sqrt", eps_in_sqrt),
+            bias_correction=_checks.flag("bias_correction", bias_correction),
+            centered=_checks.flag("centered", centered),
+            accumulator=accumulators.resolve(accumulator),
+        )
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         return self._flat
 
     @cached_property  # an eager update flattens the settings for each leaf
     def _flat(self) -> tuple[tuple[Any, ...], Any]:
-        arrays = {name: x for name in ("decay", "eps") if not isinstance(x := getattr(self, name), float)}
-        rest = replace(self, **dict.fromkeys(arrays))  # type: ignore[arg-type]  # None: not here, but a leaf
-        return tuple(arrays.values()), (tuple(arrays), rest)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays = {name: values.pop(name) for name in ("decay", "eps") if not isinstance(values[name], float)}
+        return tuple(arrays.values()), (tuple(arrays), tuple(values.items()))
 
     @classmethod
     def tree_unflatten(cls, structure: Any, arrays: Iterable[Any]) -> "Settings":
-        names, rest = structure
-        return replace(rest, **dict(zip(names, arrays, strict=True)))
+        names, values = structure
+        self = object.__new__(cls)  # unchecked: JAX puts None, specs and other objects where arrays were
+        self.__dict__.update(zip(names, arrays, strict=True))
+        self.__dict__.update(values)
+        return self
 
     def decay_as(self, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
         """decay and 1 - decay, the difference of the Python number: float32's 0.999 is off by 3e-5 of it."""

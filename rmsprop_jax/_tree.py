@@ -107,8 +107,21 @@ def leaf_name(path: Any) -> str:
 
 
 def named_leaves(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
-    """The tree's leaves by their names, in its order."""
-    return {leaf_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
+    """The tree's leaves by their names, in its order.
+
+    Raises:
+      ValueError: for two leaves of one name, such as those of ``{"a": {"b": x}, "a/b": y}``.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    named = {leaf_name(path): x for path, x in leaves}
+    if len(named) < len(leaves):
+        paths: dict[str, str] = {}
+        for path, _ in leaves:
+            name, own = leaf_name(path), jax.tree_util.keystr(path)
+            if (other := paths.setdefault(name, own)) != own:
+                problem = f"The leaves at {other} and {own} are both named {name!r}"
+                raise ValueError(f"{problem}: rename a key that has '/' in it.")
+    return named
 
 
 def array_of(x: Any) -> Any:

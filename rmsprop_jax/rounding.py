@@ -8,9 +8,9 @@ The threshold of an element at step t is::
     hash(leaf, element) + t * 0.277076 * 2^32    (mod 2^32)
 
 For each element these fill [0, 2^32) more evenly in time than random numbers do (Weyl, 1916), so that errors
-cancel sooner; across elements they are scattered. The element's index is the one in the whole array: under
-`jax.jit` an array in shards is rounded as it is on one device. These are a few integer operations that XLA
-fuses with the step.
+cancel sooner; across elements they are scattered, in each leaf in another way. The element's index is the one
+in the whole array: under `jax.jit` an array in shards is rounded as it is on one device. These are a few
+integer operations that XLA fuses with the step.
 """
 
 import jax
@@ -37,8 +37,8 @@ def thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, count: jax.ty
       leaf: its number in the tree, or any integer that tells it from other leaves, may be traced.
       count: the step, an integer, may be traced.
     """
-    phase = mixed(jnp.asarray(leaf).astype(jnp.uint32)) + jnp.asarray(count).astype(jnp.uint32) * _TURN
-    return _scattered(shape) + phase
+    salt = mixed(jnp.asarray(leaf).astype(jnp.uint32))
+    return _scattered(shape, salt) + (salt + jnp.asarray(count).astype(jnp.uint32) * _TURN)
 
 
 def random_thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, seed: jax.Array) -> jax.Array:
@@ -74,6 +74,7 @@ def _to_neighbour(x, dtype, threshold):
     if limits.bits >= 32:
         return x.astype(dtype)
     x = jnp.clip(x.astype(jnp.float32), -float(limits.max), float(limits.max))
+    x = jnp.where(jnp.isnan(x), jnp.nan, x)  # one NaN, to whose bits a threshold can be added
     cut = 23 - limits.nmant  # bits of a float32's mantissa that dtype has no room for
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits = (bits + (threshold >> (32 - cut))) >> cut << cut
@@ -83,7 +84,7 @@ def _to_neighbour(x, dtype, threshold):
         unit = float(limits.smallest_subnormal)
         spaced = jnp.floor(x / unit + (threshold >> 20).astype(jnp.float32) * 2.0**-12) * unit
         rounded = jnp.where(jnp.abs(x) < float(limits.tiny), spaced, rounded)
-    return jnp.where(jnp.isnan(x), x, rounded).astype(dtype)
+    return rounded.astype(dtype)
 
 
 def mixed(x: jax.Array) -> jax.Array:
@@ -93,9 +94,18 @@ def mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 15)
 
 
-def _scattered(shape):
-    """A hash of each element's index in the whole array."""
+def _scattered(shape, salt=None):
+    """A hash of each element's index in the whole array; with a scalar `salt`, another one for each salt.
+
+    It is linear in the index along each axis, with a salt quadratic: of two linear ones the difference would
+    hardly change along an axis, or as often as one of them, for many pairs of leaves, whose rounding errors
+    would then be correlated.
+    """
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(_AXES[axis % len(_AXES)])
+        along, factor = jax.lax.broadcasted_iota(jnp.uint32, shape, axis), np.uint32(_AXES[axis % len(_AXES)])
+        if salt is not None:
+            curve = mixed(salt + np.uint32(axis))
+            factor = factor + curve * np.uint32(_AXES[-1]) + along * curve
+        index += along * factor
     return index

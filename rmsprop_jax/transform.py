@@ -94,15 +94,8 @@ def scale_by_rms(
       Graves, `Generating Sequences With Recurrent Neural Networks
       <https://arxiv.org/abs/1308.0850>`_, 2013
     """
-    stored_by = accumulators.resolve(accumulator)
-    settings = Settings(
-        decay=_checks.decay("decay", decay),
-        eps=_checks.precise_number("eps", eps),
-        eps_in_sqrt=_checks.flag("eps_in_sqrt", eps_in_sqrt),
-        bias_correction=_checks.flag("bias_correction", bias_correction),
-        centered=_checks.flag("centered", centered),
-        accumulator=stored_by,
-    )
+    settings = Settings(decay, eps, eps_in_sqrt, bias_correction, centered, accumulator)
+    stored_by = settings.accumulator
     accumulators.check_centered(stored_by, settings.centered)
     initial_scale = _checks.precise_number("initial_scale", initial_scale)
     if bias_correction and isinstance(initial_scale, float) and initial_scale != 0:
@@ -123,14 +116,13 @@ def scale_by_rms(
         grads, treedef, trees, nus, mus = _flatten_as_stored(updates, state, settings)
         count = _incremented(state.count)
         now = count if bias_correction or stored_by.rounds else None
-        first = [nu[0] for nu in nus] if stored_by.parts else nus
-        numbers = leaf_numbers(first) if stored_by.rounds else [None] * len(nus)
+        numbers = leaf_numbers([nu[0] for nu in nus]) if stored_by.rounds else [None] * len(nus)
         results = [
             (None, nu, mu) if g is None else rule(g, nu, mu, number, now, settings)
             for g, nu, mu, number in zip(grads, nus, mus, numbers, strict=True)
         ]
         us, nus, mus = zip(*results, strict=True) if results else ((), (), ())
-        nu = nu_of(stored_by, map(jax.tree.structure, trees), nus)
+        nu = nu_of(stored_by, trees, nus)
         mu = treedef.unflatten(mus) if centered else None
         return treedef.unflatten(us), ScaleByRmsState(count, nu, mu)
 
@@ -143,8 +135,7 @@ _incremented = jax.jit(optax.safe_increment, inline=True)
 
 def _initial_nu(accumulator, params, stored):
     """`nu` from what is stored for each parameter; Flax's boxes name no axis over which they hold a mean."""
-    treedef = jax.tree.structure(params)
-    nu = nu_of(accumulator, [treedef] * (len(accumulator.parts) or 1), stored)
+    nu = nu_of(accumulator, [params] * (len(accumulator.parts) or 1), stored)
     if not accumulator.parts:
         return nu
     fit = partial(jax.tree.map, fitted_box, is_leaf=is_box)
@@ -172,7 +163,7 @@ def _flatten_as_stored(grads, state, settings):
         mus = [None] * len(leaves) if state.mu is None else treedef.flatten_up_to(state.mu)
     except ValueError:
         raise ValueError(_of_another(state, accumulator) or tree_mismatch(grads, trees[0])) from None
-    nus = list(zip(*nus, strict=True)) if accumulator.parts else nus[0]
+    nus = list(zip(*nus, strict=True))
     for index, of_leaf in enumerate(zip(leaves, nus, mus, strict=True)):
         if of_leaf[0] is not None and (problem := _mismatch(accumulator, *of_leaf)) is not None:
             path, _ = jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_none)[index]
@@ -201,11 +192,11 @@ def _of_another(state, accumulator):
 
 def _mismatch(accumulator, g, nu, mu):
     """The error for a leaf, with {} for its name; None if it fits. Eager updates ask for each leaf."""
-    found, shape, dtype = nu if accumulator.parts else (nu,), getattr(g, "shape", ()), dtype_of(g)
+    shape, dtype = getattr(g, "shape", ()), dtype_of(g)
     expected = stored_like(accumulator, shape)
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(nu, expected, strict=True):
         if getattr(x, "shape", None) != y.shape:
-            return _shape_mismatch(accumulator, shape, found, expected)
+            return _shape_mismatch(accumulator, shape, nu, expected)
         if x.dtype != y.dtype and not (is_wide(x.dtype) and is_wide(y.dtype)):
             return (
                 f"Invalid state: the nu of {{}} has dtype {x.dtype}, {accumulator.name!r} stores {y.dtype}. "

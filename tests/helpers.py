@@ -46,8 +46,12 @@ def each(**values):
 
 
 def quick(cases, some):
-    """The cases, all but some of them marked slow: each value of each argument is in one that is quick."""
-    return [case if case in some else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+    """The cases, values or tuples of them, all but some marked slow: those have each value at least once."""
+
+    def marked(case):
+        return pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow)
+
+    return [case if case in some else marked(case) for case in cases]
 
 
 def first_argument(function):

@@ -11,7 +11,7 @@ import optax
 import pytest
 from helpers import cross_entropy
 
-from rmsprop_jax import apply_updates, diagnostics, rmsprop
+from rmsprop_jax import Settings, apply_updates, diagnostics, rmsprop
 
 
 class Model(NamedTuple):
@@ -172,7 +172,8 @@ def trainer(model, form):
         def optimizer(rate):
             tx = make(rate, **{"decay": decay, "eps": eps} | fixed | options)
             tx = optax.apply_if_finite(tx, 10**6) if skip else tx
-            return diagnostics.watch(tx, 5, decay=decay, eps=eps, accumulator=options.get("accumulator"))
+            known = None if hasattr(tx, "settings") else Settings(decay, eps)
+            return diagnostics.watch(tx, 5, settings=known)
 
         def step(carry, now):
             params, state = carry

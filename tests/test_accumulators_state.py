@@ -78,11 +78,7 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize(
-    "accumulator",
-    [a if a in ("uint8", "factored") else pytest.param(a, marks=pytest.mark.slow) for a in EVERY_SMALL],
-    ids=str,
-)
+@pytest.mark.parametrize("accumulator", quick(EVERY_SMALL, ["uint8", "factored"]), ids=str)
 def test_inside_the_wrappers_of_optax(accumulator):
     """Jitted and donated; a wrapper changes nothing."""
     rng = np.random.default_rng(2)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from benchmarks import _frame, _run, _steps, bandwidth, gpu, minatar, side_by_side, step, tables, torch_side
+from benchmarks import _frame, _run, bandwidth, gpu, minatar, side_by_side, step, tables, torch_side
 
 # The quick ones: `python -m benchmarks` runs all, in four minutes.
 SHORT = {  # a benchmark, and how the lines that it is to print begin
@@ -39,7 +39,7 @@ def test_a_short_run_prints_every_row_and_keeps_nothing(name, capsys):
     assert kept() == before
 
 
-@pytest.mark.parametrize("name", ["eager", "scale", "step", "trace", "train", "uint4"])
+@pytest.mark.parametrize("name", ["eager", "scale", "step", "trace", "train"])
 def test_tables_have_a_cell_for_every_column(name):
     data = json.loads((_frame.RESULTS / f"{name}.json").read_text())
     for block in re.split(r"\n(?!\|)", importlib.import_module(f"benchmarks.{name}").table(data)):
@@ -184,47 +184,6 @@ def test_a_step_moves_its_arrays_once(form, per_parameter):
     state = optax.rmsprop(1e-3, **step.FORMS[form]).init(params)
     read_and_written = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
     assert step.moved_bytes(params, step.FORMS[form]) == 2 * read_and_written + 4 * 25 == per_parameter * 25
-
-
-def kernels(function, *args):
-    return _steps.kernels(_steps.operations(jax.jit(function).lower(*args).compile().as_text()))
-
-
-def test_kernels_are_what_runs():
-    x = jnp.ones(8)
-    assert kernels(lambda x: jnp.sin(x) + 1, x) == 1
-    assert kernels(lambda x: (x @ x, jnp.sort(x)), x) >= 2
-
-
-def test_kernels_that_a_gpu_launches_together_are_counted():
-    """In such a program, two fusions are in a computation that the entry calls."""
-    program = """HloModule jit_step, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias) }
-
-%fused_multiply (p: f32[8]) -> f32[8] {
-  %p = f32[8]{0} parameter(0)
-  ROOT %m = f32[8]{0} multiply(%p, %p)
-}
-
-%command_buffer (a: f32[8], b: f32[8]) -> (f32[8], f32[8]) {
-  %a = f32[8]{0} parameter(0)
-  %b = f32[8]{0} parameter(1)
-  %loop.1 = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused_multiply
-  %loop.2 = f32[8]{0} fusion(%b), kind=kLoop, calls=%fused_multiply, backend_config={"x":[{"y":"1"}]}
-  ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%loop.1, %loop.2)
-}
-
-ENTRY %main.9 (x: f32[8], y: f32[8]) -> (f32[8], /*index=1*/f32[8]) {
-  %x = f32[8]{0} parameter(0)
-  %y = f32[8]{0} parameter(1)
-  %copy.3 = f32[8]{0} copy(%y)
-  %call = (f32[8]{0}, f32[8]{0}) call(%x, %copy.3), to_apply=%command_buffer
-  ROOT %out = f32[8]{0} get-tuple-element(%call), index=0
-}
-"""
-    operations = _steps.operations(program)
-    assert operations["fusion"] == 2
-    assert operations["copy"] == 1
-    assert _steps.kernels(operations) == 3
 
 
 def test_without_pytorch_its_steps_are_absent(monkeypatch):

@@ -15,6 +15,7 @@ from helpers import (
     compilations,
     compiled_step,
     each,
+    forms,
 )
 
 import rmsprop_jax
@@ -28,6 +29,13 @@ def test_a_donated_step_needs_no_temporary_and_no_copy(form, dtype):
     # Scalars alone: no leaf, however small, is held twice.
     smallest = min(x.size * x.dtype.itemsize for x in params)
     assert_in_place(compiled_step(rmsprop(warmup(1e-3), **form), params), temporary=smallest)
+
+
+@each(form=forms("momentum", "lr_after_momentum", "centered_momentum"))
+def test_a_small_momentum_buffer_needs_no_temporary_either(form):
+    params = arrays()
+    tx = rmsprop(1e-3, momentum_dtype="bfloat16", **form)
+    assert_in_place(compiled_step(tx, params), temporary=min(x.size * x.dtype.itemsize for x in params))
 
 
 def test_nesterov_needs_the_temporary_that_it_needs_in_optax():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import each, step_of
+from helpers import each, quick, step_of
 
 from rmsprop_jax import ScaleByRmsState, rmsprop, scale_by_rms, warmup
 
@@ -48,13 +48,10 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        {"centered": True, "bias_correction": True, "momentum": 0.5, "eps": 1e-2},
-        *(pytest.param(form, marks=pytest.mark.slow) for form in ({}, {"momentum": 0.5})),
-    ],
-)
+ALL = {"centered": True, "bias_correction": True, "momentum": 0.5, "eps": 1e-2}
+
+
+@pytest.mark.parametrize("form", quick([ALL, {}, {"momentum": 0.5}], [ALL]))
 @each(wrap=WRAPPED)
 def test_it_trains_inside_the_wrappers_of_optax(wrap, form):
     params, _ = train(wrap(rmsprop(ANNEALED, **form)), steps=800)

@@ -6,18 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CODES, Float16Root, each_accumulator
+from helpers import CODES, Float16Root, each_accumulator, quick
 from jax.test_util import check_grads
 
-from rmsprop_jax import apply_updates, conventions, rmsprop, rounding, scale_by_rms
-from rmsprop_jax._rule import Settings
+from rmsprop_jax import Settings, apply_updates, conventions, rmsprop, rounding, scale_by_rms
 
 slow = pytest.mark.slow  # what compiles derivatives of derivatives
 FLAGS = ("eps_in_sqrt", "bias_correction", "centered")
 FORMS = [dict(zip(FLAGS, flags, strict=True)) for flags in itertools.product([True, False], repeat=3)]
-FEW = [
-    FORMS[i] if i in (3, 4) else pytest.param(FORMS[i], marks=slow) for i in range(8)
-]  # each flag, on and off
+FEW = quick(FORMS, FORMS[3:5])  # which have each flag on and off
 G = np.array([0.3, -1.0, 2.0, 1e-3])  # float64 where that is enabled
 
 
@@ -119,11 +116,7 @@ def test_the_factor_of_a_gradient_has_the_derivatives_of_its_formula(eps_in_sqrt
 
 
 @each_accumulator([*CODES, Float16Root()])
-@pytest.mark.parametrize(
-    "form",
-    [{}, *(pytest.param(f, marks=slow) for f in ({"eps_in_sqrt": False}, {"centered": True}))],
-    ids=str,
-)
+@pytest.mark.parametrize("form", quick([{}, {"eps_in_sqrt": False}, {"centered": True}], [{}]), ids=str)
 def test_stored_small_an_update_has_the_derivative_of_float32(accumulator, form):
     """Of one update, to what a code is off by: its step, 2^(1/4) for a byte."""
     g = jnp.array([0.5, -1.0, 2.0])

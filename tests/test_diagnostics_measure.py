@@ -1,5 +1,6 @@
 """`measure` against NumPy's formulas."""
 
+import re
 from functools import partial
 
 import chex
@@ -8,99 +9,109 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import SMALL, forms
 
-from rmsprop_jax import accumulators, diagnostics, rmsprop, rows
+from rmsprop_jax import Settings, accumulators, diagnostics, rmsprop, rows, scale_by_rms
+from rmsprop_jax.diagnostics._figures import FIGURES, _sample
+
+DECAY, EPS = 0.9, 1e-2
 
 
-def tree(dtype=jnp.float32):
-    """Parameters with a matrix, a scalar and leaves to be left out, and gradients with zeros in them."""
-    rng = np.random.default_rng(0)
-    params = {
-        "dense": {"kernel": rng.normal(size=(30, 20)), "bias": rng.normal(size=20)},
-        "gain": rng.normal(size=()),
+def reference(g, u, p, nu, mu, stored, decay=DECAY, eps=EPS, in_root=True, steps=3):
+    """The figures of a layer of fewer than 4,096 elements; `stored` is nu where it is rounded to nearest."""
+
+    def rms(x):
+        return np.sqrt(np.mean(np.square(np.abs(x))))
+
+    size = np.sqrt(nu + eps) if in_root else np.sqrt(nu) + eps
+    rate = rms(u) / rms(g / size)
+    low, middle, high = np.quantile(1 / size[nu > 0], [0.1, 0.5, 0.9], method="lower")
+    by_eps = (nu if in_root else np.sqrt(nu)) < eps
+    stuck = 0.0
+    if stored is not None:
+        stuck = np.mean((np.asarray(decay, stored.dtype) * stored == stored)[stored > 0])
+    return {
+        "gradient_rms": rms(g),
+        "accumulator_rms": np.sqrt(nu.mean()),
+        "staleness": np.sqrt(nu.mean()) / rms(g),
+        "update_rms": rms(u),
+        "update_ratio": rms(u) / rms(p),
+        "learning_rate": rate,
+        "effective_rate": rate * middle,
+        "effective_rate_spread": high / low,
+        "eps_share": np.mean(by_eps[g != 0]),
+        "stuck_share": stuck,
+        "nonfinite_share": 0.0,
+        "bias_correction_factor": 1 - decay**steps,
+        "noise_to_signal": np.nan if mu is None else np.sqrt(nu.mean()) / rms(mu),
+        "descent": -np.sum(g * u),
     }
-    grads = jax.tree.map(lambda p: rng.normal(size=p.shape) * (rng.random(p.shape) < 0.8), params)
-    params, grads = (jax.tree.map(lambda x: jnp.asarray(x, dtype), t) for t in (params, grads))
-    for t in (params, grads):
-        t |= {"empty": jnp.zeros((0, 3), dtype), "none": None}
-    return params, grads
 
 
-def stepped(tx, dtype=jnp.float32, steps=3):
-    """What `measure` takes, after some updates with gradients that change."""
-    params, grads = tree(dtype)
-    state = tx.init(params)
-    for t in range(steps):
-        now = jax.tree.map(lambda g, t=t: g * (1 + t), grads)
-        updates, state = tx.update(now, state, params)
-    return now, state, updates, params
+def form(make=rmsprop, dtype="float32", rate=None, slow=False, decay=DECAY, eps=EPS, **options):
+    """A row of the test: an optimizer, its parameters' dtype, and its learning rate where that is known."""
+    schedule = optax.linear_schedule(0.1, 0.0, 10)  # 0.08 at the third update
+    settings = {"decay": decay, "eps": eps}
+    tx = make(schedule, **settings, **options)
+    marks = pytest.mark.slow if slow else ()
+    settings["in_root"] = options.get("eps_in_sqrt", True)
+    return pytest.param(tx, settings, make is rmsprop, dtype, rate, marks=marks)
 
 
-def rms(x):
-    return np.sqrt(np.mean(np.square(np.abs(np.asarray(x, np.float64)))))
-
-
-NAMES = ["dense/bias", "dense/kernel", "gain"]
 FORMS = {
-    **{
-        name: (rmsprop, options)
-        for name, options in forms("plain", "outside", "corrected", "centered", "momentum").items()
-    },
-    **{name: (rmsprop, {"accumulator": name}) for name in SMALL},
-    "own": (rmsprop, {"accumulator": accumulators.Uint8(-40)}),
-    "optax, counted": (optax.rmsprop, {"bias_correction": True}),
-    "optax, centered": (optax.rmsprop, {"centered": True, "bias_correction": True}),
+    "plain": form(rate=0.08),
+    "outside": form(rate=0.08, eps_in_sqrt=False),
+    "corrected": form(rate=0.08 * np.sqrt(1 - DECAY**3), eps=1e-16, slow=True, bias_correction=True),
+    "centered": form(centered=True, momentum=0.9),
+    "uint8": form(accumulator="uint8"),
+    "optax": form(optax.rmsprop, centered=True, bias_correction=True),
+    "optax, stuck": form(optax.rmsprop, "bfloat16", decay=0.999),
+    "optax, not stuck": form(optax.rmsprop, "bfloat16", slow=True),
+    "own": form(slow=True, accumulator=accumulators.Uint8(-40)),
+    **{f"{name}": form(slow=True, accumulator=name) for name in ("bfloat16", "factored")},
+    "plain, bfloat16": form(dtype="bfloat16", slow=True),
+    "uint8, bfloat16": form(dtype="bfloat16", slow=True, accumulator="uint8"),
+    "centered, bfloat16": form(dtype="bfloat16", slow=True, centered=True),
+    "optax, bfloat16": form(optax.rmsprop, "bfloat16", slow=True, centered=True, bias_correction=True),
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_measure_follows_its_formulas(form, dtype):
-    """To 1e-4 of float32 sums; all the leaves have less than 4,096 elements, so nothing is sampled."""
-    make, options = FORMS[form]
-    decay, eps, in_root = 0.9, 1e-2, options.get("eps_in_sqrt", True)
-    # In bfloat16, Optax's nu has 8 bits, and the moments' difference fewer.
-    rtol = 1e-4 if make is rmsprop or dtype == "float32" else 3e-2
-    grads, state, updates, params = stepped(make(0.01, decay, eps, **options), dtype)
-    accumulator = options.get("accumulator")
-    hyper = {"decay": decay, "eps": eps, "eps_in_sqrt": in_root, "accumulator": accumulator}
-    measured = diagnostics.measure(grads, state, updates, params, **hyper)
+@pytest.mark.parametrize(("tx", "settings", "ours", "dtype", "rate"), FORMS.values(), ids=FORMS)
+def test_measure_follows_its_formulas(tx, settings, ours, dtype, rate):
+    """To 1e-4 of float32 sums; Optax's nu in bfloat16 has 8 bits, and its moments' difference fewer."""
+    rng = np.random.default_rng(0)
+    params = {"dense": {"kernel": rng.normal(size=(12, 8))}, "gain": rng.normal(size=(1,))}
+    grads = jax.tree.map(lambda p: rng.normal(size=p.shape) * (rng.random(p.shape) < 0.8), params)
+    grads["gain"] += 1
+    for tree in (params, grads):
+        tree |= {"empty": np.zeros((0, 3)), "none": None}
+    params, grads = (jax.tree.map(lambda x: jnp.asarray(x, dtype), tree) for tree in (params, grads))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for t in range(3):
+        now = jax.tree.map(lambda g, t=t: g * (1 + t), grads)
+        updates, state = update(now, state, params)
+    known = {"tx": tx}
+    if not ours:
+        known = {"settings": Settings(settings["decay"], settings["eps"]), "count": 3}
+    measured = jax.jit(partial(diagnostics.measure, **known))(now, state, updates, params)
     assert measured.step == 3
-    kept = accumulators.convert(state, "float32", source=accumulator)
-    nu_tree, mu_tree = optax.tree.get(kept, "nu"), optax.tree.get(kept, "mu")
-    for name in NAMES:
-        g, u, p, nu, mu = (
-            None if t is None else np.asarray(leaf(t, name), np.float64)
-            for t in (grads, updates, params, nu_tree, mu_tree)
-        )
-        if make is optax.rmsprop and mu is not None:
-            nu = nu - mu**2
-        size = np.sqrt(nu + eps) if in_root else np.sqrt(nu) + eps
-        rate = rms(u) / rms(g / size)
-        low, middle, high = np.quantile(1 / size[nu > 0], [0.1, 0.5, 0.9], method="lower")
-        by_eps = (nu < eps) if in_root else (np.sqrt(nu) < eps)
-        expected = {
-            "gradient_rms": rms(g),
-            "accumulator_rms": np.sqrt(nu.mean()),
-            "staleness": np.sqrt(nu.mean()) / rms(g),
-            "update_rms": rms(u),
-            "update_ratio": rms(u) / rms(p),
-            "learning_rate": rate,
-            "effective_rate": rate * middle,
-            "effective_rate_spread": high / low,
-            "eps_share": np.mean(by_eps[g != 0]) if np.any(g != 0) else 0,
-            "stuck_share": 0.0,
-            "nonfinite_share": 0.0,
-            "bias_correction_factor": 1 - decay**3,
-            "noise_to_signal": np.nan if mu is None else np.sqrt(nu.mean()) / rms(mu),
-            "descent": -np.sum(g * u),
-        }
-        for field, value in expected.items():
-            found = getattr(measured, field)[name]
+    assert measured.names == ("dense/kernel", "gain")
+
+    numbers = accumulators.convert(state, "float32") if ours else state
+    trees = now, updates, params, optax.tree.get(numbers, "nu"), optax.tree.get(numbers, "mu")
+    for name in measured.names:
+        arrays = [None if tree is None else leaf(tree, name) for tree in trees]
+        g, u, p, nu, mu = (None if x is None else np.asarray(x, np.float64) for x in arrays)
+        raw = nu if ours or mu is None else nu - mu**2
+        expected = reference(g, u, p, raw, mu, None if ours else np.asarray(arrays[3]), **settings)
+        assert tuple(expected) == FIGURES
+        for figure, value in expected.items():
+            found = getattr(measured, figure)[name]
             assert (found.dtype, found.shape) == (jnp.float32, ())
-            assert list(getattr(measured, field)) == NAMES
-            np.testing.assert_allclose(found, value, rtol=rtol, atol=1e-6, err_msg=f"{field} of {name}")
+            rtol = 1e-4 if ours or dtype == "float32" else 3e-2
+            np.testing.assert_allclose(found, value, rtol=rtol, atol=1e-6, err_msg=f"{figure} of {name}")
+        assert rate is None or measured.learning_rate[name] == pytest.approx(rate, rel=1e-5)
+    if settings["decay"] == 0.999:  # to bfloat16 it is 1
+        assert measured.stuck_share["dense/kernel"] == 1
 
 
 def leaf(tree, name):
@@ -109,71 +120,61 @@ def leaf(tree, name):
     return tree
 
 
-def test_learning_rate_has_schedule_and_correction_in_it():
-    """Not momentum or decay of weights: then it is what it is by its definition."""
-    schedule = optax.linear_schedule(0.1, 0.0, 10)
-    for correction, factor in ((False, 1), (True, np.sqrt(1 - 0.9**3))):
-        tx = rmsprop(schedule, bias_correction=correction)
-        measured = diagnostics.measure(*stepped(tx), decay=0.9)
-        assert measured.learning_rate["dense/kernel"] == pytest.approx(0.08 * factor, rel=1e-5)
+# What eager calls share, so that they compile the figures of one layer once: parameters of four elements.
+TX = rmsprop(0.1)
+FOUR = {"dense": {"kernel": jnp.arange(1.0, 5.0), "bias": jnp.ones(4)}, "gain": jnp.ones(4)}
+
+
+def stepped(tx=TX, grads=FOUR, params=FOUR):
+    """What `measure` takes, after one update."""
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    return grads, state, updates, params
 
 
 def test_a_large_layer_is_sampled():
     """Of 200,000 elements, some 2,000: their median is within 20% of that of all, five standard errors."""
-    params = {"w": jnp.ones((400, 500))}
     rng = np.random.default_rng(0)
-    grads = {"w": jnp.asarray(rng.normal(size=(400, 500)) * np.exp(rng.normal(size=(400, 500))), jnp.float32)}
-    tx = rmsprop(0.01, decay=0.99)
-    updates, state = tx.update(grads, tx.init(params), params)
-    measured = diagnostics.measure(grads, state, updates, params, decay=0.99)
-    expected = 0.01 / np.median(np.sqrt(state[0].nu["w"]))
+    grads = jnp.asarray(rng.normal(size=(400, 500)) * np.exp(rng.normal(size=(400, 500))), jnp.float32)
+    grads, state, updates, params = stepped(grads={"w": grads}, params={"w": jnp.ones((400, 500))})
+    measured = jax.jit(partial(diagnostics.measure, tx=TX))(grads, state, updates, params)
+    expected = 0.1 / np.median(np.sqrt(state[0].nu["w"]))
     assert measured.effective_rate["w"] == pytest.approx(expected, rel=0.2)
-    assert measured.gradient_rms["w"] == pytest.approx(rms(grads["w"]), rel=1e-5)  # of all of them
+    of_all = np.sqrt(np.mean(np.square(np.asarray(grads["w"], np.float64))))
+    assert measured.gradient_rms["w"] == pytest.approx(of_all, rel=1e-5)
+
+
+def test_no_slice_has_two_strides():
+    """XLA on TPU holds all that such a one spans in fast memory: of a large matrix it does not compile."""
+    for shape in [(50257, 768), (4096, 4096), (3, 3, 512, 512)]:
+        text = jax.jit(_sample).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).as_text()
+        slices = [axes.split(", ") for axes in re.findall(r"stablehlo\.slice %\S+ \[(.*?)\]", text)]
+        strided = [sum(axis.count(":") == 2 for axis in axes) for axes in slices]
+        assert max(strided) == 1
 
 
 def test_numbers_at_the_ends_of_the_range():
-    """Zero, infinite and NaN gradients are told, and those whose square overflows."""
-    params = {"huge": jnp.ones(100), "zero": jnp.zeros(3), "bad": jnp.ones(4)}
-    grads = {"huge": jnp.full(100, 1e30), "zero": jnp.zeros(3), "bad": jnp.array([1, jnp.nan, jnp.inf, 0])}
-    tx = rmsprop(0.1)
-    updates, state = tx.update(grads, tx.init(params), params)
-    measured = diagnostics.measure(grads, state, updates, params, decay=0.9)
+    """Zero, infinite and NaN gradients, and those whose square overflows; eps where there is a gradient."""
+    grads = {
+        "huge": jnp.full(4, 1e30),
+        "zero": jnp.zeros(4),
+        "bad": jnp.array([1, jnp.nan, jnp.inf, 0]),
+        "tiny": jnp.array([0, 1e-6, 1e-6, 1]),
+    }
+    params = jax.tree.map(jnp.ones_like, grads)
+    measured = diagnostics.measure(*stepped(grads=grads, params=params), tx=TX)
     assert measured.gradient_rms["huge"] == np.inf
     assert measured.update_ratio["huge"] == pytest.approx(0.1 / np.sqrt(0.1), rel=1e-3)
-    assert measured.gradient_rms["zero"] == 0
-    assert measured.eps_share["zero"] == 0
+    assert measured.gradient_rms["zero"] == measured.eps_share["zero"] == 0
     assert measured.nonfinite_share["bad"] == 0.5
     assert measured.nonfinite_share["huge"] == 0
-
-
-def test_eps_share_is_of_the_elements_that_have_a_gradient():
-    params = {"w": jnp.ones(4)}
-    grads = {"w": jnp.array([0.0, 1e-6, 1e-6, 1.0])}
-    tx = rmsprop(0.1, decay=0.9)
-    updates, state = tx.update(grads, tx.init(params), params)
-    measured = diagnostics.measure(grads, state, updates, params, decay=0.9)
-    assert measured.eps_share["w"] == pytest.approx(2 / 3)
-
-
-@pytest.mark.parametrize(("decay", "stuck"), [(0.9, 0), (0.99, 0), (0.999, 1)])
-def test_stuck_share_is_what_bfloat16_cannot_decay(decay, stuck):
-    """Optax's accumulator in bfloat16, to which 0.999 is 1. In float32, and here, none is stuck."""
-    for make, dtype, expected in (
-        (optax.rmsprop, jnp.bfloat16, stuck),
-        (optax.rmsprop, jnp.float32, 0),
-        (rmsprop, jnp.bfloat16, 0),
-    ):
-        arguments = stepped(make(0.01, decay), dtype)
-        measured = diagnostics.measure(*arguments, decay=decay, count=3)
-        assert measured.stuck_share["dense/kernel"] == pytest.approx(expected, abs=0.25)  # a fifth is 0
+    assert measured.eps_share["tiny"] == pytest.approx(2 / 3)
 
 
 def test_complex_and_float64(x64):
     params = {"c": jnp.array([1 + 1j, 2.0]), "d": jnp.ones(3, jnp.float64)}
     grads = {"c": jnp.array([3 + 4j, 0.0]), "d": jnp.full(3, 1e-30, jnp.float64)}
     tx = rmsprop(0.1, eps=0.0)
-    updates, state = tx.update(grads, tx.init(params), params)
-    measured = diagnostics.measure(grads, state, updates, params, decay=0.9, eps=0.0)
+    measured = diagnostics.measure(*stepped(tx, grads, params), tx=tx)
     assert measured.gradient_rms["c"] == pytest.approx(5 / np.sqrt(2))
     assert measured.descent["c"] == pytest.approx(5 * 0.1 / np.sqrt(0.1))
     assert measured.update_rms["d"] == pytest.approx(0.1 / np.sqrt(0.1))
@@ -183,77 +184,77 @@ def test_complex_and_float64(x64):
 
 def test_it_finds_the_accumulators_in_any_chain():
     """Partitioned, in a chain, with hyper-parameters injected: each layer that has one, and no other."""
-    params, grads = tree()
-    labels = {"dense": {"kernel": "a", "bias": "b"}, "gain": "none", "empty": "a", "none": None}
-    tx = optax.chain(
-        optax.clip(1.0),
-        optax.partition(
-            {
-                "a": optax.inject_hyperparams(rmsprop)(0.1, decay=0.99),
-                "b": rmsprop(0.01, decay=0.99),
-                "none": optax.set_to_zero(),
-            },
-            labels,
-        ),
-    )
-    updates, state = tx.update(grads, tx.init(params), params)
-    measured = diagnostics.measure(optax.tree.clip(grads, -1, 1), state, updates, params, decay=0.99)
-    assert sorted(measured.bias_correction_factor) == ["dense/bias", "dense/kernel"]
+    labels = {"dense": {"kernel": "a", "bias": "b"}, "gain": "none"}
+    parts = {"a": optax.inject_hyperparams(rmsprop)(0.1), "b": rmsprop(0.01), "none": optax.set_to_zero()}
+    tx = optax.chain(optax.clip(1.0), optax.partition(parts, labels))
+    _, *rest = stepped(tx)
+    measured = diagnostics.measure(optax.tree.clip(FOUR, -1, 1), *rest, settings=Settings(0.9))
+    assert sorted(measured.names) == ["dense/bias", "dense/kernel"]
     assert measured.learning_rate["dense/kernel"] == pytest.approx(0.1, rel=1e-5)
     assert measured.learning_rate["dense/bias"] == pytest.approx(0.01, rel=1e-5)
 
 
 def test_the_tree_may_be_one_array():
-    measured = diagnostics.measure(
-        *(lambda tx, p: (p, *tx.update(p, tx.init(p), p)[::-1], p))(rmsprop(0.1), jnp.ones(3)), decay=0.9
-    )
+    measured = diagnostics.measure(*stepped(grads=jnp.ones(4), params=jnp.ones(4)), tx=TX)
     assert list(measured.bias_correction_factor) == ["(the whole tree)"]
 
 
 def test_measure_in_jit_and_scan_is_as_outside():
-    params, grads = tree()
-    tx = rmsprop(0.01, decay=0.99)
-
     def step(state, scale):
-        now = jax.tree.map(lambda g: g * scale, grads)
-        updates, state = tx.update(now, state, params)
-        return state, diagnostics.measure(now, state, updates, params, decay=0.99)
+        now = jax.tree.map(lambda g: g * scale, FOUR)
+        updates, state = TX.update(now, state, FOUR)
+        return state, diagnostics.measure(now, state, updates, FOUR, tx=TX)
 
-    state, outside = tx.init(params), []
+    state, outside = TX.init(FOUR), []
     for scale in (1.0, 2.0, 3.0):
         state, measured = step(state, scale)
         outside.append(measured)
-    _, stacked = jax.jit(partial(jax.lax.scan, step))(tx.init(params), jnp.array([1.0, 2.0, 3.0]))
+    _, scanned = jax.jit(partial(jax.lax.scan, step))(TX.init(FOUR), jnp.array([1.0, 2.0, 3.0]))
+    assert scanned.gradient_rms["gain"].shape == (3,)
     listed = jax.tree.map(lambda *xs: jnp.stack(xs), *outside)
-    chex.assert_trees_all_close(stacked, listed, rtol=1e-5)  # XLA fuses more inside
-    assert diagnostics.advise(outside) == diagnostics.advise(stacked) == []
+    chex.assert_trees_all_close(scanned, listed, rtol=1e-5)  # XLA fuses more inside
+    assert diagnostics.advise(outside) == diagnostics.advise(scanned) == []
+
+
+def test_a_measurement_is_one_table():
+    measured = diagnostics.measure(*stepped(), tx=TX)
+    assert measured.table.shape == (len(FIGURES), len(measured.names))
+    for row, figure in enumerate(FIGURES):
+        np.testing.assert_array_equal([*getattr(measured, figure).values()], measured.table[row])
+    assert type(jax.device_get(measured).update_ratio["gain"]) is np.float32
+    with pytest.raises(AttributeError, match="no figure 'loss', it has gradient_rms, "):
+        _ = measured.loss
+
+
+def test_a_measurement_is_exported():
+    pytest.importorskip("flatbuffers", reason="jax.export writes with it")
+    tx = scale_by_rms()
+    measure, arguments = jax.jit(partial(diagnostics.measure, tx=tx)), stepped(tx)
+    exported = jax.export.deserialize(jax.export.export(measure)(*arguments).serialize())
+    chex.assert_trees_all_close(exported.call(*arguments), measure(*arguments), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"decay": 1.0}, "decay=1.0"),
-        ({"eps": -1}, "eps=-1"),
-        ({"eps_in_sqrt": 1}, "eps_in_sqrt=1"),
-        ({"accumulator": "int4"}, "accumulator='int4'"),
+        (
+            {"tx": None},
+            r"Invalid settings: settings=None.* Pass tx=.*, or pass its numbers, such as settings=",
+        ),
+        ({"settings": Settings(0.9)}, r"Invalid settings: settings=Settings\(decay=0.9, .* has its own"),
+        ({"tx": None, "settings": 0.9}, "Invalid settings: settings=0.9"),
         ({"state": optax.EmptyState()}, "no accumulator of RMSProp"),
-        ({"state": optax.rmsprop(0.1).init(tree()[0])}, "pass count="),
+        ({"state": optax.rmsprop(0.1).init(FOUR)}, "pass count="),
+        ({"grads": {"dense": {"kernel": jnp.ones(4)}}}, "Invalid grads: they have no layer 'dense/bias'"),
+        ({"params": FOUR | {"gain": jnp.ones(2)}}, r"layer 'gain' has shape \(2,\), its accumulator \(4,\)"),
         (
-            {"grads": {"dense": {"kernel": jnp.ones((30, 20))}}},
-            "Invalid grads: they have no layer 'dense/bias'",
-        ),
-        (
-            {"params": {**tree()[0], "gain": jnp.ones(2)}},
-            r"layer 'gain' has shape \(2,\), its accumulator \(\)",
-        ),
-        (
-            {"updates": {**tree()[0], "gain": rows.RowGradient(jnp.zeros(1, int), jnp.ones((1, 2)), 3)}},
+            {"updates": FOUR | {"gain": rows.RowGradient(jnp.zeros(1, int), jnp.ones((1, 2)), 3)}},
             "Invalid updates: layer 'gain' is row-sparse",
         ),
     ],
 )
 def test_measure_says_what_is_wrong(change, message):
     names = ("grads", "state", "updates", "params")
-    arguments = dict(zip(names, stepped(rmsprop(0.1)), strict=True)) | {"decay": 0.9} | change
+    arguments = dict(zip(names, stepped(), strict=True)) | {"tx": TX} | change
     with pytest.raises(ValueError, match=message):
         diagnostics.measure(*[arguments.pop(name) for name in names], **arguments)

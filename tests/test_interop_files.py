@@ -1,9 +1,12 @@
 """What is read out of files, and what is said of those that are cut, altered or of another kind."""
 
+import argparse
 import io
 import json
 import pickle
 import zipfile
+from collections import defaultdict
+from pathlib import Path
 
 import chex
 import jax
@@ -170,6 +173,37 @@ def test_nothing_in_a_file_is_executed(tmp_path):
         write(tmp_path / name)
         with pytest.raises(ValueError, match=f"{name}' cannot be read"):
             interop.from_torch(tmp_path / name, conventions.torch().init(PARAMS), PARAMS, NAMES)
+
+
+class Own:
+    pass
+
+
+REFUSED = {  # what a checkpoint had beside its tensors, and what is said of it
+    "argparse.Namespace": lambda torch: argparse.Namespace(lr=0.1),
+    "numpy._core.multiarray.scalar, numpy.dtype": lambda torch: np.float64(3),
+    "numpy._core.multiarray._reconstruct, numpy.dtype, numpy.ndarray": lambda torch: np.random.get_state(),
+    "pathlib.PosixPath": lambda torch: Path("run"),
+    f"{__name__}.Own": lambda torch: Own(),
+    "builtins.list, collections.defaultdict": lambda torch: defaultdict(list),
+    "torch.nn.modules.linear.Linear": lambda torch: torch.nn.Linear(2, 2),
+}
+
+
+@pytest.mark.skipif(np.__version__ < "2", reason="NumPy 1 names its classes otherwise")
+@pytest.mark.parametrize(
+    ("found", "is_zip"), [*((found, True) for found in REFUSED), ("pathlib.PosixPath", False)]
+)
+def test_what_stands_in_the_way_of_a_safe_load_is_named(found, is_zip, tmp_path):
+    torch = importorskip("torch")
+    run = {"state": {}, "param_groups": [], "extra": REFUSED[found](torch)}
+    torch.save(run, tmp_path / "run.pt", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(ValueError, match=r"run\.pt' cannot be read") as error:
+        interop.from_torch(tmp_path / "run.pt", None, PARAMS, NAMES)
+    message = str(error.value)
+    assert f"add_safe_globals([{found}])" in message
+    assert "torch.load(path, weights_only=False)" in message
+    assert message.isprintable()
 
 
 def test_values_in_another_file_are_not_read(tmp_path):

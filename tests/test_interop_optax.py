@@ -68,5 +68,5 @@ def test_small_accumulators_are_carried_over_to_optax_and_back(accumulator):
     assert nu.dtype == jnp.float32
     np.testing.assert_allclose(nu.mean(), 0.9, rtol=1e-2)
     back = interop.from_optax(carried, tx.init(params), count=1)
-    assert back[0].nu["w"].dtype.name == accumulator
+    assert back[0].nu[accumulator]["w"].dtype.name == accumulator
     chex.assert_trees_all_equal(back[0], state[0])  # what is on the grid stays there

@@ -89,7 +89,6 @@ def test_a_state_leaves_as_numbers_and_comes_back_as_it_was(accumulator, through
     expected = accumulators.convert(state, "float32")[0].nu["fc"]
     chex.assert_trees_all_equal(raw, expected)
     chex.assert_trees_all_equal(back[0], state[0])  # what an accumulator can store, it stores as it is
-    assert back[0].accumulator == state[0].accumulator
 
 
 @pytest.mark.parametrize("accumulator", UNNAMED, ids=str)
@@ -152,8 +151,8 @@ def test_codes_are_rounded_without_bias():
 
 def test_codes_that_nobody_can_read_are_refused():
     state = scale_by_rms(accumulator="float32").init(PARAMS)
-    state = state._replace(nu=jax.tree.map(lambda x: x.astype(jnp.int16), state.nu))
-    with pytest.raises(ValueError, match=r"nu of 'fc/bias' is stored as int16.*accumulators\.convert"):
+    state = state._replace(nu={"Float8(3)": state.nu})
+    with pytest.raises(ValueError, match=r"'Float8\(3\)' stores its nu, an accumulator that is not defined"):
         interop.to_optax(state, optax.scale_by_rms().init(PARAMS))
 
 
@@ -266,4 +265,5 @@ def test_codes_are_placed_as_the_state_was(accumulator):
     concrete = concrete._replace(nu=jax.device_put(concrete.nu, sharding))
     for empty in (abstract, concrete):
         state = interop.from_keras({"rmsprop/w_velocity": np.ones(4)}, empty, params, {"w": "w"}, count=1)
-        assert (state.nu["w"].sharding, state.nu["w"].dtype) == (sharding, concrete.nu["w"].dtype)
+        for x, old in zip(jax.tree.leaves(state.nu), jax.tree.leaves(concrete.nu), strict=True):
+            assert (x.sharding, x.dtype) == (sharding, old.dtype)

@@ -80,6 +80,15 @@ def test_a_textbook_accumulator():
     np.testing.assert_allclose(state.nu, [0.9 * 10 + 0.1 * 64, 0.9 * 0.1 + 0.1], rtol=1e-6)
 
 
+def test_one_minus_decay_is_formed_before_decay_is_rounded():
+    """float32's 0.999999 is 1 - 9.54e-7: the accumulator would be 5% too small after the first step."""
+    for centered in (False, True):
+        _, state = run(scale_by_rms(0.999999, centered=centered), [jnp.ones(2)])
+        np.testing.assert_allclose(state.nu, 1e-6, rtol=3e-6)
+        if centered:
+            np.testing.assert_allclose(state.mu, 1e-6, rtol=3e-6)
+
+
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.999])
 @pytest.mark.parametrize("noise", [0.0, 1.0, 100.0])
 def test_centered_variance_of_large_nearly_constant_gradients(decay, noise):

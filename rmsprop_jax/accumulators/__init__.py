@@ -51,7 +51,6 @@ from rmsprop_jax.accumulators._base import (
     Stored,
     Thresholds,
     nu_of,
-    stored_leaves,
     thresholds_of,
 )
 from rmsprop_jax.accumulators._codes import Bfloat16, Codes, Uint8
@@ -117,9 +116,10 @@ def convert(state: SameTree, accumulator: "Name | str | Accumulator") -> SameTre
         if not is_ours(node) or stored_by(node) == target:
             return node
         check_centered(target, node.mu is not None)
-        numbers, treedef = jax.tree.flatten(decoded(node))
-        new = [target.store(nu, thresholds_of(leaf, node.count)) for leaf, nu in enumerate(numbers)]
-        return node._replace(nu=nu_of(target, [treedef] * (len(target.parts) or 1), new))
+        numbers = decoded(node)
+        leaves = enumerate(jax.tree.leaves(numbers))
+        new = [target.store(nu, thresholds_of(leaf, node.count)) for leaf, nu in leaves]
+        return node._replace(nu=nu_of(target, [numbers] * (len(target.parts) or 1), new))
 
     return map_rms_states(converted, state)
 
@@ -208,8 +208,8 @@ def decoded(state: Any) -> Any:
     if accumulator == NAMED["float32"]:
         return state.nu
     trees = accumulator.trees(state.nu) or ()
-    numbers = [accumulator.read(stored) for stored in stored_leaves(accumulator, trees)]
-    return jax.tree.unflatten(jax.tree.structure(trees[0]), numbers)
+    stored = zip(*map(jax.tree.leaves, trees), strict=True)
+    return jax.tree.unflatten(jax.tree.structure(trees[0]), map(accumulator.read, stored))
 
 
 def with_numbers(state: Any, numbers: Any, count: jax.typing.ArrayLike) -> Any:
@@ -222,11 +222,11 @@ def with_numbers(state: Any, numbers: Any, count: jax.typing.ArrayLike) -> Any:
     """
     accumulator = stored_by(state)
     trees = accumulator.trees(state.nu) or ()
-    new = stored_leaves(accumulator, trees)
+    new = list(zip(*map(jax.tree.leaves, trees), strict=True))
     for leaf, nu in enumerate(jax.tree.leaves(numbers, is_leaf=is_none)):
         if nu is not None:
             new[leaf] = accumulator.store(nu, thresholds_of(leaf, count))
-    return state._replace(nu=nu_of(accumulator, [jax.tree.structure(tree) for tree in trees], new))
+    return state._replace(nu=nu_of(accumulator, trees, new))
 
 
 def check_centered(accumulator: Accumulator, centered: bool) -> None:

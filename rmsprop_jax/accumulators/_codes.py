@@ -30,12 +30,12 @@ class Codes(Accumulator):
     def decode(self, codes: jax.Array) -> jax.Array:
         """Numbers, float32."""
 
-    def store(self, nu: jax.Array, thresholds: Thresholds) -> jax.Array:
+    def store(self, nu: jax.Array, thresholds: Thresholds) -> Stored:
         nu = jnp.minimum(nu, float(jnp.finfo(jnp.float32).max)).astype(jnp.float32)
-        return self.encode(nu, thresholds(nu.shape))
+        return (self.encode(nu, thresholds(nu.shape)),)
 
     def read(self, stored: Stored) -> jax.Array:
-        return self.decode(stored)  # type: ignore[arg-type]
+        return self.decode(*stored)
 
 
 @dataclass(frozen=True)
@@ -75,44 +75,61 @@ class Uint8(Codes):
             raise ValueError(f"Invalid {self.exponent=}, expected an integer in [-126, 64].")
 
     def encode(self, nu: jax.Array, threshold: jax.Array) -> jax.Array:
-        # The bits of a float are its exponent, and its fraction f: log2 = exponent + log2(1 + f).
-        bits = jax.lax.bitcast_convert_type(nu, jnp.uint32)
-        f = _float(bits & 0x7FFFFF | _ONE) - 1
-        quarters = f * 4 + f * (1 - f) * (_LOG[0] + f * (_LOG[1] + f * _LOG[2]))
-        # In steps of 2^-18 from 2^-19 to 1 - 2^-19, which is more than the error where quarters is whole.
-        u = _float(threshold >> 9 & 0x7FFFE0 | 0x10 | _ONE) - 1
-        u = u * (1 - _TILT + _TILT * u)
-        # Added to 2^23, a float32 is rounded to a whole number, which its bits then are. To nearest: of
-        # x + 1/2, so to the one below x and 1. (With u first: XLA would merge 1/2 and 2^23, to 2^23.)
-        whole = jax.lax.bitcast_convert_type(quarters + (u + 0.5) + 2.0**23, jnp.int32) - (0x4B000000 + 1)
-        code = ((bits >> 23).astype(jnp.int32) - (self.exponent + 127)) * 4 + whole
-        # Select in uint8, do not cast last: XLA duplicates a unary operation, with its producers, into every
-        # consumer's loop.
-        return jnp.where(nu == 0, np.uint8(0), jnp.clip(code, 1, 255).astype(jnp.uint8))
+        # Multiplied by a random factor from 1 to 2^(1/4), and then down to the next code: four for each power
+        # of two. Which of the four it is, the exponent of the fourth power of the fraction tells.
+        # u in [1, 2) is in steps of 2^-17, and 2^-18 from the ends: there the factor differs from 1 and from
+        # 2^(1/4) by more than a rounding, so that a code's own number stays.
+        u = _float(threshold >> 9 & 0x7FFFC0 | 0x20 | _ONE)
+        bits = _bits(nu * (_FACTOR[0] + u * (_FACTOR[1] + u * (_FACTOR[2] + u * _FACTOR[3]))))
+        power = _bits(jnp.square(jnp.square(_float(bits & 0x7FFFFF | _ONE))))
+        code = ((bits >> 21 & 0x7FC) + (power >> 23)).astype(jnp.int32) - ((self.exponent + 127) * 4 + 127)
+        return jax.lax.platform_dependent(nu == 0, code, tpu=_cast_last, default=_select_last)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         code = codes.astype(jnp.int32)
         odd, upper = code & 1 != 0, code & 2 != 0
-        fraction = jnp.where(
-            upper,
-            jnp.where(odd, _FRACTIONS[3], _FRACTIONS[2]),
-            jnp.where(odd, _FRACTIONS[1], _FRACTIONS[0]),
+        # Shifted, a code is an exponent and two bits of a fraction: for each of the four, what is missing.
+        first, second, third, fourth = (
+            np.int32(((self.exponent + 127) << 23) + fraction - (k << 21))
+            for k, fraction in enumerate(_FRACTIONS)
         )
-        bits = ((code >> 2) + (self.exponent + 127)) << 23 | fraction
-        return jnp.where(codes == 0, np.float32(0), _float(bits))
+        rest = jnp.where(upper, jnp.where(odd, fourth, third), jnp.where(odd, second, first))
+        return jnp.where(code == 0, np.float32(0), _float((code << 21) + rest))
+
+
+def _select_last(is_zero, code):
+    # XLA on CPU duplicates a unary operation, with its producers, into every consumer's loop.
+    return jnp.where(is_zero, np.uint8(0), jnp.clip(code, 1, 255).astype(jnp.uint8))
+
+
+def _cast_last(is_zero, code):
+    # On a TPU an array of bytes has tiles of another shape than one of floats. A cast goes between them; XLA
+    # copies for any other operation on bytes, and the accumulator is not written in place.
+    return jnp.where(is_zero, 0, jnp.clip(code, 1, 255)).astype(jnp.uint8)
 
 
 def _float(bits):
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def _bits(x):
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
 _ONE = np.uint32(0x3F800000)  # the bits of 1.0
-# 4 * log2(1 + f) = 4 * f + f * (1 - f) * polynomial(f): equal where it is 0, 1, 2, 3 and 4, to a thousandth
-# between. A polynomial, not log2: XLA does not recompute transcendentals in fusions, so log2 would be
-# materialised.
-_LOG = [np.float32(c) for c in (1.7565649, -0.972955847, 0.353553391)]
 # Fractions of 2^0, 2^(1/4), 2^(1/2), 2^(3/4), in the 23 bits of a float32.
 _FRACTIONS = [np.int32(round((2 ** (k / 4) - 1) * 2**23)) for k in range(4)]
 # The part x of a step goes up with probability x - tilt * x * (1 - x). Unbiased in nu, tilt would be
 # log(2) / 8 = 0.087; in log(nu), 0.
-_TILT = np.float32(0.013)
+_TILT = 0.013
+
+
+def _factor():
+    """Coefficients of the factor, a cubic in u from 1 to 2 with the probability's slopes at both ends."""
+    step, log = 2**0.25, np.log(2) / 4
+    slopes = log / (1 + _TILT), log * step / (1 - _TILT)
+    rows = [[1, u, u**2, u**3] for u in (1, 2)] + [[0, 1, 2 * u, 3 * u**2] for u in (1, 2)]
+    return np.linalg.solve(rows, [1, step, *slopes]).astype(np.float32)
+
+
+_FACTOR = _factor()

@@ -20,14 +20,15 @@ the updates and the accumulators of one step together. :func:`measure` takes the
 A layer here is a leaf of the parameters' tree, by its path as :func:`rmsprop_jax.interop.paths` has it.
 """
 
-from rmsprop_jax.diagnostics._advice import advise
 from rmsprop_jax.diagnostics._figures import Measurement
-from rmsprop_jax.diagnostics._finding import Finding, Run, trouble
 from rmsprop_jax.diagnostics._measure import measure
 from rmsprop_jax.diagnostics._plot import plot
+from rmsprop_jax.diagnostics._run import Finding, Run
+from rmsprop_jax.diagnostics._troubles import TROUBLES, advise
 from rmsprop_jax.diagnostics._watch import WatchState, history, latest, watch
 
 __all__ = [
+    "TROUBLES",
     "Finding",
     "Measurement",
     "Run",
@@ -37,6 +38,5 @@ __all__ = [
     "latest",
     "measure",
     "plot",
-    "trouble",
     "watch",
 ]

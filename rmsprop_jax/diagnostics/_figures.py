@@ -1,34 +1,44 @@
 """The figures of one layer: what they are, and their formulas.
 
-A figure is a field of :class:`Measurement`, with its line there, and a property of `_Layer` of that name.
+All figures of a run lie in one array: a row for each measurement, in it one for each figure, a column for
+each layer.
 """
 
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+import json
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rmsprop_jax import accumulators
 from rmsprop_jax._dtypes import abs_sq, real, times, wide
-from rmsprop_jax._rule import Settings
 from rmsprop_jax._tree import variance
 
-Figures = dict[str, jax.Array]  # by the layer's name
+Array: TypeAlias = jax.Array | np.ndarray
+Figures: TypeAlias = dict[str, Array]  # by the layer's name
 
 
-@partial(jax.export.register_namedtuple_serialization, serialized_name="rmsprop_jax.Measurement")
-class Measurement(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Table:
+    step: Array
+    names: tuple[str, ...]
+    table: Array
+
+
+class Measurement(_Table):
     """Figures of one update, or of several: stacked by `jax.lax.scan`, each has a leading axis of time.
 
-    Every field but `step` is a dictionary from the layer's path to a float32 scalar. With g the gradient, u
-    the update, p the parameter before it and nu the accumulator after it, and rms(x) = sqrt(mean(x^2)), which
-    is infinite where x^2 or its sum overflows float32:
+    Every figure is an attribute, a dictionary from the layer's path to a float32 scalar, and a row of the
+    table. With g the gradient, u the update, p the parameter before it and nu the accumulator after it, and
+    rms(x) = sqrt(mean(x^2)), which is infinite where x^2 or its sum overflows float32:
 
     Attributes:
       step: updates so far, this one included; int32 scalar.
+      names: the layers' paths.
+      table: the figures in the order below, float32 of shape (figures, layers).
       gradient_rms: rms(g).
       accumulator_rms: sqrt(mean(nu)), the rms of the gradients that it remembers.
       staleness: accumulator_rms / gradient_rms; far above 1 where gradients are small beside past ones.
@@ -51,7 +61,6 @@ class Measurement(NamedTuple):
     [*] from a subsample, about evenly spaced, of at most 4,096 elements of a layer.
     """
 
-    step: jax.Array
     gradient_rms: Figures
     accumulator_rms: Figures
     staleness: Figures
@@ -67,147 +76,99 @@ class Measurement(NamedTuple):
     noise_to_signal: Figures
     descent: Figures
 
+    def __getattr__(self, name: str) -> Any:
+        figure = self.array(name)
+        layers_first = figure.transpose(figure.ndim - 1, *range(figure.ndim - 1))  # of NumPy or of JAX
+        return dict(zip(self.names, layers_first, strict=True))
 
-FIELDS = Measurement._fields[1:]
-
-
-class _Layer:
-    """A layer's arrays, in float32 at least, and its figures."""
-
-    def __init__(self, g, u, p, nu, mu, step, settings, *, ours, accumulator, axes):
-        self.step, self.settings, self.axes = step, settings, axes
-        # Rounded to nearest, unless this package stores it.
-        self.stored = None if ours else self._sample(nu)
-        self.g, self.u, self.p, self.nu, self.mu = _in_one_precision(g, u, p, nu, mu)
-        if mu is not None and not ours:
-            self.nu = variance(self.nu, self.mu)  # Optax's is the raw moment
-        self.some_g, self.some_u, self.some_nu = map(self._sample, (self.g, self.u, self.nu))
-
-    @cached_property
-    def gradient_rms(self):
-        return self._rms(self.g)
-
-    @cached_property
-    def accumulator_rms(self):
-        return jnp.sqrt(self._mean(self.nu))
-
-    @property
-    def staleness(self):
-        return self.accumulator_rms / self.gradient_rms
-
-    @cached_property
-    def update_rms(self):
-        return self._rms(self.u)
-
-    @property
-    def update_ratio(self):
-        return self.update_rms / self._rms(self.p)
-
-    @cached_property
-    def learning_rate(self):
-        return _rms(self.some_u) / _rms(times(self.some_g, self._inverse_root))
-
-    @property
-    def effective_rate(self):
-        return self.learning_rate * self._quantiles[1]
-
-    @property
-    def effective_rate_spread(self):
-        return self._quantiles[2] / self._quantiles[0]
-
-    @property
-    def eps_share(self):
-        eps = jnp.asarray(self.settings.eps, self.some_nu.dtype)
-        by_eps = self.some_nu < eps if self.settings.eps_in_sqrt else jnp.sqrt(self.some_nu) < eps
-        return _share(by_eps, self.some_g != 0)
-
-    @property
-    def stuck_share(self):
-        if self.stored is None:
-            return 0.0
-        decay, _ = self.settings.decay_as(self.stored.dtype)
-        return _share(decay * self.stored == self.stored, self.stored > 0)
-
-    @property
-    def nonfinite_share(self):
-        return self._mean(~jnp.isfinite(self.g))
-
-    @property
-    def bias_correction_factor(self):
-        _, one_minus_decay = self.settings.decay_as(jnp.float32)
-        return -jnp.expm1(self.step.astype(jnp.float32) * jnp.log1p(-one_minus_decay))
-
-    @property
-    def noise_to_signal(self):
-        return jnp.nan if self.mu is None else self.accumulator_rms / self._rms(self.mu)
-
-    @property
-    def descent(self):
-        fall = -jnp.sum((self.g * jnp.conj(self.u)).real)
-        return jax.lax.psum(fall, self.axes) if self.axes else fall
-
-    @cached_property
-    def _inverse_root(self):
-        return self.settings.inverse_root(self.some_nu)
-
-    @cached_property
-    def _quantiles(self):
-        return _quantiles(self._inverse_root, self.some_nu > 0, (0.1, 0.5, 0.9))
-
-    def _mean(self, x):
-        return jax.lax.pmean(jnp.mean(x), self.axes) if self.axes else jnp.mean(x)
-
-    def _rms(self, x):
-        return jnp.sqrt(self._mean(abs_sq(x)))
-
-    def _sample(self, x):
-        return jax.lax.all_gather(_sample(x), self.axes) if self.axes else _sample(x)
+    def array(self, figure: str) -> Array:
+        """One figure of all layers: of shape (layers,), after the axis of time if there is one."""
+        if figure not in FIGURES:
+            raise AttributeError(f"A measurement has no figure {figure!r}, it has {', '.join(FIGURES)}.")
+        return self.table[..., FIGURES.index(figure), :]
 
 
-@partial(jax.jit, static_argnames=("ours", "accumulator", "apart"))
-def figures(
-    g: Any,
-    u: Any,
-    p: Any,
-    nu: Any,
-    mu: Any,
-    step: jax.Array,
-    settings: Settings,
-    ours: bool,
-    accumulator: accumulators.Accumulator | None = None,
-    apart: frozenset = frozenset(),
-) -> jax.Array:
-    """The fields of a Measurement but for `step`, in their order, for one layer: float32 of shape (fields,).
+FIGURES = tuple(Measurement.__annotations__)
+jax.tree_util.register_dataclass(Measurement, data_fields=["step", "table"], meta_fields=["names"])
+jax.export.register_pytree_node_serialization(
+    Measurement,
+    serialized_name="rmsprop_jax.Measurement",
+    serialize_auxdata=lambda auxdata: json.dumps(auxdata).encode(),
+    deserialize_auxdata=lambda data: tuple(map(tuple, json.loads(data))),
+)
 
-    Args:
-      g: the gradient.
-      u: the update.
-      p: the parameter before it.
-      nu: the accumulator after it, as it is stored.
-      mu: the running mean, None where not centred.
-      step: updates so far.
-      settings: the optimizer's.
-      ours: whether this package stores `nu`.
-      accumulator: what reads `nu`, where that does not tell.
-      apart: inside `jax.shard_map`, the mesh axes along which each device has figures of its own. Along all
-        others the layer is one, in parts.
+
+def figures_of_layer(g, u, p, nu, mu, step, settings, *, ours, axes):
+    """The figures by their names, as :func:`figures` takes the arrays; summed over the mesh's `axes`."""
+
+    def mean(x):
+        return jax.lax.pmean(jnp.mean(x), axes) if axes else jnp.mean(x)
+
+    def rms(x, mean=mean):
+        return jnp.sqrt(mean(abs_sq(x)))
+
+    def sample(x):
+        return jax.lax.all_gather(_sample(x), axes) if axes else _sample(x)
+
+    stuck_share = 0.0
+    if not ours:  # rounded to nearest, perhaps
+        stored = sample(nu)
+        decay, _ = settings.decay_as(stored.dtype)
+        stuck_share = _share(decay * stored == stored, stored > 0)
+    g, u, p, nu, mu = _in_one_precision(g, u, p, nu, mu)
+    if mu is not None and not ours:
+        nu = variance(nu, mu)  # Optax's is the raw moment
+    some_g, some_u, some_nu = map(sample, (g, u, nu))
+    eps = jnp.asarray(settings.eps, nu.dtype)
+    inverse_root = settings.inverse_root(some_nu)
+    low, median, high = _quantiles(inverse_root, some_nu > 0, (0.1, 0.5, 0.9))
+    learning_rate = rms(some_u, jnp.mean) / rms(times(some_g, inverse_root), jnp.mean)
+    gradient_rms, accumulator_rms, update_rms = rms(g), jnp.sqrt(mean(nu)), rms(u)
+    _, one_minus_decay = settings.decay_as(jnp.float32)
+    descent = -jnp.sum((g * jnp.conj(u)).real)
+    return {
+        "gradient_rms": gradient_rms,
+        "accumulator_rms": accumulator_rms,
+        "staleness": accumulator_rms / gradient_rms,
+        "update_rms": update_rms,
+        "update_ratio": update_rms / rms(p),
+        "learning_rate": learning_rate,
+        "effective_rate": learning_rate * median,
+        "effective_rate_spread": high / low,
+        "eps_share": _share((some_nu if settings.eps_in_sqrt else jnp.sqrt(some_nu)) < eps, some_g != 0),
+        "stuck_share": stuck_share,
+        "nonfinite_share": mean(~jnp.isfinite(g)),
+        "bias_correction_factor": -jnp.expm1(step.astype(jnp.float32) * jnp.log1p(-one_minus_decay)),
+        "noise_to_signal": jnp.nan if mu is None else accumulator_rms / rms(mu),
+        "descent": jax.lax.psum(descent, axes) if axes else descent,
+    }
+
+
+@partial(jax.jit, static_argnames=("ours", "per_device_axes"))
+def figures(g, u, p, nu, mu, step, settings, ours, per_device_axes=frozenset()):
+    """A layer's column of the table: float32 of shape (figures,).
+
+    Args: the gradient, the update, the parameter before it, the accumulators after it (nu as numbers, mu None
+    where not centred), the updates so far, the optimizer's settings, whether the state is this package's, and
+    inside `jax.shard_map` the mesh axes along which each device has figures of its own. Along all others the
+    layer is one, in parts.
     """
     arrays = jax.tree.leaves((g, u, p, nu, mu))
-    axes = tuple(sorted(frozenset().union(*map(varying_axes, arrays)) - apart))
+    axes = tuple(sorted(frozenset().union(*map(varying_axes, arrays)) - per_device_axes))
 
-    def of_layer(*arguments):
-        layer = _Layer(*arguments, ours=ours, accumulator=accumulator, axes=axes)
-        row = jnp.stack([jnp.asarray(getattr(layer, name), jnp.float32) for name in FIELDS])
-        return jax.lax.pmean(row, axes) if axes else row  # equal on all devices, and now known to be
+    def column(*arguments):
+        by_name = figures_of_layer(*arguments, ours=ours, axes=axes)
+        rows = jnp.stack([jnp.asarray(by_name[name], jnp.float32) for name in FIGURES])
+        return jax.lax.pmean(rows, axes) if axes else rows  # equal on all devices, and now known to be
 
     for mesh in (jax.typeof(x).sharding.mesh for x in arrays):
         kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
         explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
-        if explicit:  # there, slices and sorts of what is sharded are refused: the compiler is to place these
+        if explicit:  # there, slices and sorts of sharded arrays are refused: the compiler is to place these
             replicated = NamedSharding(mesh, PartitionSpec())
-            of_layer = jax.sharding.auto_axes(of_layer, axes=explicit, out_sharding=replicated)
+            column = jax.sharding.auto_axes(column, axes=explicit, out_sharding=replicated)
             break
-    return of_layer(g, u, p, nu, mu, step, settings)
+    return column(g, u, p, nu, mu, step, settings)
 
 
 def varying_axes(x: Any) -> frozenset:
@@ -220,17 +181,7 @@ def varying_axes(x: Any) -> frozenset:
 def _in_one_precision(*arrays):
     """In float64 if one of them is, else in float32; real or complex as they are."""
     dtype = max((real(wide(x.dtype)) for x in arrays if x is not None), key=lambda dtype: dtype.itemsize)
-
-    def cast(x):
-        if jnp.iscomplexobj(x):
-            return jax.lax.complex(x.real.astype(dtype), x.imag.astype(dtype))
-        return x.astype(dtype)
-
-    return [None if x is None else cast(x) for x in arrays]
-
-
-def _rms(x):
-    return jnp.sqrt(jnp.mean(abs_sq(x)))
+    return [None if x is None else x.astype(np.promote_types(dtype, x.dtype)) for x in arrays]
 
 
 def _share(which, of):
@@ -259,7 +210,12 @@ def _sample(x, most=4096):
     while np.prod(taken()) > most:
         longest = int(np.argmax(taken()))
         strides[longest] = 2 * strides[longest] + 1
-    return x[tuple(slice(None, None, stride) for stride in strides)]
+    for axis, stride in enumerate(strides):
+        # Not all axes in one slice: XLA on TPU would hold everything that it spans in fast memory, and does
+        # not compile where the matrix is large. Nor does it fuse strided slices: when it measures, it holds u
+        # and nu of one layer at a time. XLA on GPUs fuses them.
+        x = jax.lax.slice_in_dim(x, 0, None, stride, axis)
+    return x
 
 
 def _quantiles(x, valid, at):

@@ -1,18 +1,15 @@
-"""Which layers an optimizer's state has, and their figures by name: `measure`."""
+"""Which layers an optimizer's state has, and their figures in one update: `measure`."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from rmsprop_jax import _checks, accumulators
+from rmsprop_jax import accumulators
 from rmsprop_jax._rule import Settings
 from rmsprop_jax._tree import Tree, array_of, is_ours, named_leaves, rms_states
-from rmsprop_jax.diagnostics._figures import FIELDS, Measurement, figures
+from rmsprop_jax.diagnostics._figures import FIGURES, Measurement, figures
 from rmsprop_jax.rows._gradient import is_gradient, is_row_gradient
 
 
@@ -23,10 +20,7 @@ def measure(
     params: Tree,
     *,
     tx: optax.GradientTransformation | None = None,
-    decay: jax.typing.ArrayLike | None = None,
-    eps: jax.typing.ArrayLike | None = None,
-    eps_in_sqrt: bool | None = None,
-    accumulator: str | accumulators.Accumulator | None = None,
+    settings: Settings | None = None,
     count: jax.typing.ArrayLike | None = None,
 ) -> Measurement:
     """Measures one update: a pure function, for use inside `jax.jit` and `jax.lax.scan` too.
@@ -40,10 +34,8 @@ def measure(
       params: the parameters before the update.
       tx: the optimizer, as :func:`rmsprop_jax.rmsprop` or one of :mod:`rmsprop_jax.conventions` returns it;
         its settings are read from it. Inside Optax's chains and wrappers they cannot be found.
-      decay: of an optimizer that is not given as `tx`.
-      eps: as `decay`, and as Optax has it by default, 1e-8.
-      eps_in_sqrt: as `eps`, by default True.
-      accumulator: how `nu` is stored, where neither the state nor what is stored tells.
+      settings: of an optimizer that is not given as `tx`: its decay, eps and eps_in_sqrt, such as
+        ``rmsprop_jax.Settings(decay=0.9, eps=1e-8)``.
       count: updates so far, this one included; needed where the state does not count them, as that of
         ``optax.rmsprop(1e-3)`` does not.
 
@@ -51,7 +43,7 @@ def measure(
       A :class:`Measurement`.
 
     Raises:
-      ValueError: for settings that are missing, out of range or not those of `tx`, a state without RMSProp in
+      ValueError: for settings that are missing, or given although `tx` has them, a state without RMSProp in
         it or without `count`, trees that do not fit the state, and row-sparse gradients, naming the argument
         or the layer.
 
@@ -65,154 +57,101 @@ def measure(
       >>> print(f"{measured.update_ratio['w']:.4f} {measured.learning_rate['w']:.4f}")
       0.0283 0.0100
     """
-    settings = settings_of(
-        tx, decay, eps, eps_in_sqrt, accumulator, "Pass tx=, rmsprop itself from inside the chain"
-    )
-    columns, step = columns_of(grads, state, updates, params, settings, count)
-    return by_name(step, {name: column for name, column in columns.items() if column is not None})
+    settings = settings_from(tx, settings, "Pass tx=, rmsprop itself from inside the chain")
+    step, columns = columns_of(grads, state, updates, params, settings, count)
+    columns = {name: column for name, column in columns.items() if column is not None}
+    return Measurement(step, tuple(columns), stacked(columns))
 
 
-def settings_of(tx: Any, decay: Any, eps: Any, eps_in_sqrt: Any, accumulator: Any, instead: str) -> Settings:
-    """The optimizer's settings, as it says, or as they are given for one that does not say.
-
-    Its accumulator is the given one, None where the state has to tell.
-
-    Raises:
-      ValueError: for a decay that neither says, and for settings that contradict the optimizer's.
-    """
-    given: dict[str, Any] = {}
-    if decay is not None:
-        given["decay"] = _checks.decay("decay", decay)
-    if eps is not None:
-        given["eps"] = _checks.precise_number("eps", eps)
-    if eps_in_sqrt is not None:
-        given["eps_in_sqrt"] = _checks.flag("eps_in_sqrt", eps_in_sqrt)
-    if accumulator is not None:
-        given["accumulator"] = accumulators.resolve(accumulator)
-    settings = getattr(tx, "settings", None)
-    if settings is None:
-        if decay is None:
-            raise ValueError(
-                "Invalid decay: decay=None, and this optimizer does not tell its own, as one of Optax or in "
-                f"one of Optax's chains or wrappers. {instead}, or pass decay=, eps=, eps_in_sqrt=."
-            )
-        return Settings(**{"accumulator": None, **given})
-    for name, value in given.items():
-        known = getattr(settings, name)
-        if name == "accumulator":
-            differ, value, known = value != known, value.name, known.name
-        else:
-            differ = _differ(value, known)
-        if differ:
-            raise ValueError(
-                f"Invalid {name}: {name}={value!r}, but the optimizer has {name}={known!r}, which need not "
-                "be given."
-            )
-    return replace(settings, accumulator=given.get("accumulator"))
+def settings_from(tx: Any, settings: Settings | None, remedy: str) -> Settings:
+    """The optimizer's own settings, or those that are given for one that has none."""
+    own = getattr(tx, "settings", None)
+    if own is not None and settings is not None:
+        raise ValueError(
+            f"Invalid settings: {settings=}, but the optimizer has its own, {own}: leave them out."
+        )
+    if not isinstance(found := own or settings, Settings):
+        raise ValueError(
+            f"Invalid settings: {settings=}, and the optimizer has none to read, as one of Optax or inside "
+            f"one of Optax's chains or wrappers. {remedy}, or pass its numbers, such as "
+            "settings=rmsprop_jax.Settings(decay=0.9, eps=1e-8)."
+        )
+    return found
 
 
-def _differ(a, b):
-    """Whether two numbers do, in float32; of traced ones that cannot be told."""
-    traced = isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer)
-    return not traced and np.float32(a) != np.float32(b)
+def layers_of(state: Tree, decoded: Any = accumulators.decoded) -> dict[str, tuple]:
+    """nu, mu (None where not centred), whether they are ours, and the updates so far, of each layer.
 
-
-class Accumulators(NamedTuple):
-    """A layer's: nu and mu (None where not centred), who stores them and how, and the updates so far."""
-
-    nu: Any
-    mu: Any
-    ours: bool
-    accumulator: accumulators.Accumulator | None
-    count: Any
-
-
-def accumulators_of(state: Tree) -> dict[str, Accumulators]:
-    """The accumulators in a state, by layer, but for those of layers without elements.
-
-    Raises:
-      ValueError: if there is no state of RMSProp, or two accumulators of one name.
+    Layers without elements are left out.
     """
     nodes = list(rms_states(state))
     if not nodes:
         raise ValueError(
             "Invalid state: it has no accumulator of RMSProp in it. Of Flax NNX, pass optimizer.opt_state."
         )
-    found: dict[str, Accumulators] = {}
+    found: dict[str, tuple] = {}
     for node in nodes:
         mu = named_leaves(getattr(node, "mu", None))
         count = array_of(node.count) if "count" in node._fields else None
-        numbers = accumulators.decoded(node) if is_ours(node) else node.nu
-        for name, nu in named_leaves(numbers).items():
+        for name, nu in named_leaves(decoded(node) if is_ours(node) else node.nu).items():
             if name in found:
                 raise ValueError(f"Invalid state: it has two accumulators for layer {name!r}.")
             if 0 not in nu.shape:
-                found[name] = Accumulators(nu, mu.get(name), is_ours(node), None, count)
+                found[name] = (nu, mu.get(name), is_ours(node), count)
     return found
 
 
-def columns_of(
-    grads: Any,
-    state: Tree,
-    updates: Any,
-    params: Any,
-    settings: Settings,
-    count: jax.typing.ArrayLike | None,
-    apart: frozenset = frozenset(),
-) -> tuple[dict[str, jax.Array | None], jax.Array]:
-    """The figures of each layer that has an accumulator, None where it has no gradient, and the step."""
-    trees = {
-        what: named_leaves(tree, is_gradient)
-        for what, tree in (("grads", grads), ("updates", updates), ("params", params))
-    }
-    columns: dict[str, jax.Array | None] = {}
+def names_of(state: Tree, members: tuple[int, ...] = ()) -> tuple[str, ...]:
+    """The layers' names, of the state of a `jax.vmap` over so many members too. Computes nothing."""
+
+    def decoded(node):
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[len(members) :], x.dtype), node)
+        return jax.eval_shape(accumulators.decoded, one)
+
+    return tuple(layers_of(state, decoded))
+
+
+def columns_of(grads, state, updates, params, settings, count, per_device_axes=frozenset()):
+    """The step, and the figures of each layer that has an accumulator, None where it has no gradient."""
+    arguments = {"grads": grads, "updates": updates, "params": params}
+    trees = {name: named_leaves(tree, is_gradient) for name, tree in arguments.items()}
+    columns: dict[str, Any] = {}
     step = count
-    for name, (nu, mu, ours, accumulator, counted) in accumulators_of(state).items():
+    for name, (nu, mu, ours, counted) in layers_of(state).items():
         step = counted if count is None else count
         if step is None:
             raise ValueError("The state does not count its updates, as Optax's: pass count=, or use watch.")
-        g, u, p = (_layer(what, tree, name, nu.shape) for what, tree in trees.items())
+        g, u, p = (_leaf(argument, tree, name, nu.shape) for argument, tree in trees.items())
         if g is None or u is None or p is None:
             columns[name] = None
-            continue
-        accumulator = accumulator or settings.accumulator
-        columns[name] = figures(g, u, p, nu, mu, jnp.asarray(step), settings, ours, accumulator, apart)
-    return columns, jnp.asarray(0 if step is None else step, jnp.int32)
+        else:
+            columns[name] = figures(g, u, p, nu, mu, jnp.asarray(step), settings, ours, per_device_axes)
+    return jnp.asarray(0 if step is None else step, jnp.int32), columns
 
 
-def _layer(what, tree, name, shape):
+def stacked(columns: dict[str, Any]) -> jax.Array:
+    """The table of some layers' columns, NaN where a layer has none: float32 of shape (figures, layers)."""
+    absent = jnp.full(len(FIGURES), jnp.nan, jnp.float32)
+    some = [absent if column is None else column for column in columns.values()]
+    return jnp.stack(some, axis=1) if some else jnp.zeros((len(FIGURES), 0), jnp.float32)
+
+
+def _leaf(argument, tree, name, shape):
     """The leaf of that name, None for one that is None, by itself or with all of its subtree."""
     if name not in tree:
         if any(leaf is None and name.startswith(f"{above}/") for above, leaf in tree.items()):
             return None
         raise ValueError(
-            f"Invalid {what}: they have no layer {name!r}, for which the state has an accumulator."
+            f"Invalid {argument}: they have no layer {name!r}, for which the state has an accumulator."
         )
     leaf = tree[name]
     if is_row_gradient(leaf):
         raise ValueError(
-            f"Invalid {what}: layer {name!r} is row-sparse, whose accumulators are not measured. With "
+            f"Invalid {argument}: layer {name!r} is row-sparse, whose accumulators are not measured. With "
             "optax.partition, watch the part that is dense."
         )
     if leaf is not None and jnp.shape(leaf) != shape:
         raise ValueError(
-            f"Invalid {what}: layer {name!r} has shape {jnp.shape(leaf)}, its accumulator {shape}."
+            f"Invalid {argument}: layer {name!r} has shape {jnp.shape(leaf)}, its accumulator {shape}."
         )
     return leaf
-
-
-def by_name(step: Any, columns: dict[str, Any]) -> Measurement:
-    """A Measurement from the layers' figures, each of shape (..., fields)."""
-    figures_of = {
-        field: {name: column[..., i] for name, column in columns.items()} for i, field in enumerate(FIELDS)
-    }
-    return Measurement(step, **figures_of)
-
-
-def stacked(history: Measurement | Sequence[Measurement]) -> Any:
-    """A Measurement of NumPy arrays with a leading axis of time, of one or of a list of them."""
-    if not isinstance(history, Measurement):
-        if not history:
-            return by_name(np.zeros(0, np.int32), {})
-        history = jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *history)
-    return jax.tree.map(np.atleast_1d, history)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rmsprop_jax.diagnostics._figures import Measurement
-from rmsprop_jax.diagnostics._measure import stacked
+from rmsprop_jax.diagnostics._run import on_host
 
 # What is drawn: the field, its title, the colours and their ends.
 _PANELS = (
@@ -17,9 +17,9 @@ _PANELS = (
     ("effective_rate", "Effective learning rate, median\nwhat gradients are multiplied by", "viridis", None),
     (
         "update_ratio",
-        "Update / parameter\nblue: hardly moves; red: replaced each step",
+        "Update / parameter\nblue: hardly moves; red: replaced each time",
         "RdYlBu_r",
-        (1e-5, 1.0),
+        (1e-5, 1),
     ),
     ("staleness", "Accumulator / gradient\nred: steps made for larger gradients", "RdBu_r", (1e-2, 1e2)),
 )
@@ -39,7 +39,7 @@ def plot(history: Measurement | Sequence[Measurement], path: str | os.PathLike[s
 
     Raises:
       ImportError: without matplotlib, which nothing else here needs.
-      ValueError: for a history without measurements.
+      ValueError: for a history without measurements, or of several runs.
     """
     try:
         from matplotlib.colors import LogNorm
@@ -48,15 +48,15 @@ def plot(history: Measurement | Sequence[Measurement], path: str | os.PathLike[s
     except ImportError as error:
         raise ImportError("diagnostics.plot draws with matplotlib: pip install matplotlib.") from error
 
-    run = stacked(history)
-    names = list(run.gradient_rms)
+    run = on_host(history)
+    names = run.names
     if not names or not len(run.step):
         raise ValueError("Invalid history: there are no measurements in it to plot.")
     figure = Figure(figsize=(13, 3.2 + 0.36 * len(names)), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     edges = _edges(run.step)
     for axes, (field, title, colours, ends) in zip(panels.flat, _PANELS, strict=True):
-        values = np.stack([getattr(run, field)[name] for name in names])
+        values = run.array(field).T
         values = np.where(np.isfinite(values) & (values > 0), values, np.nan)
         low, high = ends or _ends(values)
         mesh = axes.pcolormesh(

@@ -1,10 +1,15 @@
-"""The troubles that `advise` knows, gravest first, each a function of a run, and their thresholds."""
+"""What goes wrong in a run and what to try: `advise`, the troubles that it knows, and their thresholds."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from rmsprop_jax.diagnostics._finding import ENOUGH, TROUBLES, trouble
+from rmsprop_jax.diagnostics._figures import Measurement
+from rmsprop_jax.diagnostics._run import ENOUGH, Finding, Run
 
-__all__ = ["TROUBLES"]
+Trouble: TypeAlias = Callable[[Run], Finding | None]
 
 # The thresholds. Healthy runs are well on the other side of at least one of each trouble's: networks trained
 # with learning rates from 1e-4 to 3e-2 and decays 0.9 to 0.999 gave the ranges.
@@ -40,9 +45,9 @@ OFTEN = 0.1
 DIVERGENCE = ("the loss explodes", "unstable start")
 
 
-@trouble("the loss explodes")
-def _the_loss_explodes(run):
-    if (high := _high(run)) is None:
+def the_loss_explodes(run: Run) -> Finding | None:
+    """The loss doubles or worse, at a learning rate of at least half of the layers' rms."""
+    if run.is_short or (high := _high(run)) is None:
         return None
     # Of the layers that do not start from zero: the learning rate and the first step over their rms.
     rate = run.median_layer(run.learning_rate * run.update_ratio / run.update_rms)
@@ -52,6 +57,7 @@ def _the_loss_explodes(run):
         return None
     lr = np.nanmedian(run.learning_rate[at])
     return run.finding(
+        "the loss explodes",
         {**_course(run.losses), "learning rate": lr, "over the layers' rms": rate[at]},
         "RMSProp moves every element by about the learning rate, whatever the gradient's size. Here that is "
         f"{rate[at]:.2g} times the layers' rms: each step makes another network.",
@@ -60,21 +66,19 @@ def _the_loss_explodes(run):
     )
 
 
-@trouble("unstable start", consequence_of=["the loss explodes"])
-def _unstable_start(run):
-    if (high := _high(run)) is None:
+def unstable_start(run: Run) -> Finding | None:
+    """The loss doubles before the accumulator is warm; the first step is at least half of the layers' rms."""
+    if run.is_short or run.has("the loss explodes") or (high := _high(run)) is None:
         return None
     first = run.median_layer(run.update_ratio)[0]
     amplified = np.nanmedian(run.update_rms[0] / run.learning_rate[0])
     warm = 1 + 2 * run.memory
     if not (first >= LARGE_STEP and amplified >= AMPLIFIED and high[0] <= warm):
         return None
+    steps = {"first step over the learning rate": amplified, "over the layers' rms": first}
     return run.finding(
-        {
-            **_course(run.losses),
-            "first step over the learning rate": amplified,
-            "over the layers' rms": first,
-        },
+        "unstable start",
+        _course(run.losses) | steps,
         f"the accumulator starts from zero, and until it is warm, after about {run.memory:,.0f} steps, it is "
         "too small to divide by.",
         "warmup(learning_rate, decay) as the learning rate, or bias_correction=True.",
@@ -82,9 +86,9 @@ def _unstable_start(run):
     )
 
 
-@trouble("stale accumulator", consequence_of=DIVERGENCE)
-def _stale_accumulator(run):
-    if run.losses is None:
+def stale_accumulator(run: Run) -> Finding | None:
+    """The loss has stalled, and the accumulator remembers gradients that were at least ten times as large."""
+    if run.is_short or run.has(*DIVERGENCE) or run.losses is None:
         return None
     tail = slice(-(len(run.step) // 3), None)
     staleness = np.nanmedian(run.staleness[tail], axis=0)
@@ -96,12 +100,13 @@ def _stale_accumulator(run):
     steps = run.step[-1] - run.step[tail][0]
     gain = np.mean(np.sum((run.staleness * run.descent)[tail][:, stale], axis=1)) * steps
     learnt = after < _early(run.losses) * MOSTLY
-    if learnt or _fall(before, after) >= STALLED or not gain >= WORTH * after:
+    if learnt or 1 - after / before >= STALLED or not gain >= WORTH * after:
         return None
     factor = np.nanmedian(staleness[stale])
     # One that forgets this factor in half of the steps, and ten times as soon.
     shorter = max(10, min(run.memory / 10, steps / 2 / (2 * np.log(factor))))
     return run.finding(
+        "stale accumulator",
         {"accumulator over gradient": factor, "loss": after},
         f"it remembers {run.memory:,.0f} updates, and gradients that were larger by this factor; the steps "
         "are smaller by it.",
@@ -112,22 +117,19 @@ def _stale_accumulator(run):
     )
 
 
-@trouble("eps dominates", consequence_of=DIVERGENCE)
-def _eps_dominates(run):
-    if not _has_stalled(run):
+def eps_dominates(run: Run) -> Finding | None:
+    """The loss has stalled, and eps makes the steps at most a tenth of what they would be."""
+    if run.is_short or run.has(*DIVERGENCE) or not _has_stalled(run):
         return None
     amplitude = np.nanmedian(run.update_rms / run.learning_rate, axis=0)
     mostly = np.nanmedian(run.eps_share, axis=0) >= MOSTLY
     by_eps = mostly & (amplitude <= SHRUNK) & (_moved(run) < MOVED)
     if not by_eps.any():
         return None
-    rms = np.nanmedian(run.accumulator_rms[:, by_eps])
+    shrunk, rms = np.nanmedian(amplitude[by_eps]), np.nanmedian(run.accumulator_rms[:, by_eps])
     return run.finding(
-        {
-            "steps over what they would be": np.nanmedian(amplitude[by_eps]),
-            "gradients' rms": rms,
-            "loss": _late(run.losses),
-        },
+        "eps dominates",
+        {"steps over what they would be": shrunk, "gradients' rms": rms, "loss": _late(run.losses)},
         "eps is larger than what it is added to, so that steps shrink with the gradients, as SGD's do.",
         f"a smaller eps: under the root below {rms**2 / 100:.0e}, outside of it below {rms / 10:.0e}; or a "
         "loss that is a sum where it is a tiny mean.",
@@ -135,29 +137,30 @@ def _eps_dominates(run):
     )
 
 
-@trouble("steps too small", consequence_of=[*DIVERGENCE, "eps dominates"])
-def _steps_too_small(run):
-    if not _has_stalled(run) or not np.nanmedian(_moved(run)) < MOVED:
+def steps_too_small(run: Run) -> Finding | None:
+    """The loss has stalled, and the layers have gone less than 3% of their size."""
+    if run.is_short or run.has(*DIVERGENCE, "eps dominates") or not _has_stalled(run):
         return None
-    sized = np.isfinite(_moved(run))
+    moved, rate = _moved(run), np.nanmedian(run.learning_rate)
+    if not np.nanmedian(moved) < MOVED:
+        return None
+    sized = np.isfinite(moved)
     size = np.nanmedian(run.update_rms[:, sized] / run.update_ratio[:, sized])
+    figures = {"learning rate": rate, "way of the parameters over their size": np.nanmedian(moved)}
     return run.finding(
-        {
-            "learning rate": np.nanmedian(run.learning_rate),
-            "way of the parameters over their size": np.nanmedian(_moved(run)),
-            "loss": _late(run.losses),
-        },
+        "steps too small",
+        figures | {"loss": _late(run.losses)},
         f"in {run.step[-1]:,} steps the parameters could hardly move.",
         f"a larger learning rate: {size * USUAL_STEP / 10:.1g} to {size * USUAL_STEP:.1g} is usual for "
         "parameters of this size.",
     )
 
 
-@trouble("dead layer", consequence_of=DIVERGENCE)
-def _dead_layer(run):
+def dead_layer(run: Run) -> Finding | None:
+    """The gradients of a layer are zero, and others' are not."""
     tail = run.gradient_rms[-max(ENOUGH // 2, len(run.step) // 4) :]
     dead = np.all(tail == 0, axis=0)
-    if not dead.any() or not np.all(np.any(tail > 0, axis=1)):
+    if run.is_short or run.has(*DIVERGENCE) or not dead.any() or not np.all(np.any(tail > 0, axis=1)):
         return None
     alive = run.gradient_rms[:, dead] > 0
     last = np.max(np.where(alive, run.step[:, None], 0))
@@ -171,17 +174,18 @@ def _dead_layer(run):
             "frozen on purpose, optax.masked leaves out."
         )
     steps = run.step[run.step > last][0], run.step[-1]
-    return run.finding({"gradient": 0.0}, cause, remedy, layers=dead, steps=steps)
+    return run.finding("dead layer", {"gradient": 0.0}, cause, remedy, layers=dead, steps=steps)
 
 
-@trouble("accumulator rounded away")
-def _accumulator_rounded_away(run):
+def accumulator_rounded_away(run: Run) -> Finding | None:
+    """`nu` is stored in bfloat16, rounded to nearest, and cannot fall."""
     share = np.nanmedian(run.stuck_share, axis=0)
     stuck = share >= MOSTLY
-    if not stuck.any():
+    if run.is_short or not stuck.any():
         return None
     over_gradient = np.nanmedian(run.staleness[-1, stuck])
     return run.finding(
+        "accumulator rounded away",
         {"share of it": np.nanmedian(share[stuck]), "over gradient": over_gradient},
         "nu is stored in the parameters' 16 bits and rounded to nearest: decay * nu rounds to nu, so that it "
         "can rise and never fall.",
@@ -191,14 +195,15 @@ def _accumulator_rounded_away(run):
     )
 
 
-@trouble("non-finite gradients", consequence_of=DIVERGENCE, least=1)
-def _nonfinite_gradients(run):
+def non_finite_gradients(run: Run) -> Finding | None:
+    """Gradients are infinite or NaN: in the last measurement, or in at least one of ten."""
     bad = run.nonfinite_share > 0
     often = bad[-1] | (np.mean(bad, axis=0) >= OFTEN)
-    if not often.any():
+    if run.has(*DIVERGENCE) or not often.any():
         return None
     bad = bad[:, often].any(axis=1)
     return run.finding(
+        "non-finite gradients",
         {"share of measurements": np.mean(bad)},
         "infinite or NaN gradients make the parameters NaN, unless the step is skipped.",
         "optax.apply_if_finite around the optimizer skips such steps; jax.config.update('jax_debug_nans', "
@@ -206,6 +211,55 @@ def _nonfinite_gradients(run):
         layers=often,
         steps=(run.step[bad][0], run.step[bad][-1]),
     )
+
+
+TROUBLES: tuple[Trouble, ...] = (
+    *(the_loss_explodes, unstable_start, stale_accumulator, eps_dominates, steps_too_small),
+    *(dead_layer, accumulator_rounded_away, non_finite_gradients),
+)
+"""What `advise` looks for, gravest first."""
+
+
+def advise(
+    history: Measurement | Sequence[Measurement], losses: Any = None, troubles: Sequence[Trouble] = TROUBLES
+) -> list[Finding]:
+    """What goes wrong in a run and what to try; nothing where the run is in order.
+
+    Three of the troubles show in the history alone: a dead layer, an accumulator that is rounded away, and
+    gradients that are not finite. The others show only beside the losses: a run that gets where it should
+    is in order. The thresholds, with their reasons, are the constants in capitals of `_troubles.py`.
+
+    Args:
+      history: of :func:`history`, of `jax.lax.scan`, or a list of measurements.
+      losses: one for each update, from the first on, or one for each measurement. Where some are negative,
+        as in reinforcement learning, they cannot be compared by ratio, and nothing is concluded from them.
+      troubles: what to look for, gravest first: functions from a :class:`Run` to a :class:`Finding` or None.
+
+    Returns:
+      The findings, gravest first; none before the first measurement.
+
+    Raises:
+      ValueError: if the losses are too few for the history, and for a history of several runs.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax import diagnostics
+      >>> def loud_layer(run):
+      ...     rms = np.nanmedian(run.gradient_rms, axis=0)
+      ...     if run.has("the loss explodes") or not np.any(rms > 1e6):
+      ...         return None
+      ...     cause, remedy = "gradients are huge.", "optax.clip_by_global_norm before the optimizer."
+      ...     return run.finding("loud layer", {"rms": rms.max()}, cause, remedy, layers=rms > 1e6)
+      >>> diagnostics.advise([], troubles=[*diagnostics.TROUBLES, loud_layer])
+      []
+    """
+    run = Run.of(history, losses)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of medians where there is no number
+        for trouble in troubles if run.names and len(run.step) else ():
+            if (finding := trouble(run)) is not None:
+                run.findings.append(finding)
+    return run.findings
 
 
 def _high(run):
@@ -218,22 +272,19 @@ def _high(run):
 
 def _course(losses):
     highest = np.max(losses, where=np.isfinite(losses), initial=0)
-    return {
-        "first loss": losses[0],
-        "highest": highest,
-        "last": np.nanmedian(losses[-len(losses) // 10 :]),
-    }
+    return {"first loss": losses[0], "highest": highest, "last": np.nanmedian(losses[-len(losses) // 10 :])}
 
 
 def _has_stalled(run):
-    if run.losses is None or run.step[-1] < 2 * run.memory:
-        return False
-    return _fall(_early(run.losses), _late(run.losses)) < STALLED
+    is_long = run.losses is not None and run.step[-1] >= 2 * run.memory
+    return is_long and 1 - _late(run.losses) / _early(run.losses) < STALLED
 
 
 def _moved(run):
-    """How far the layers have gone, had all steps been in one direction, over their size; NaN where a layer
-    has none, as it starts from zero, and where it has no gradient that could move it."""
+    """How far the layers would have gone, had all steps been in one direction, over their size.
+
+    NaN where a layer has no size, as it starts from zero, and where it has no gradient that could move it.
+    """
     sized = np.isfinite(run.update_ratio[0]) & (np.nanmedian(run.gradient_rms, axis=0) > 0)
     return np.where(sized, np.mean(run.update_ratio, axis=0) * run.step[-1], np.nan)
 
@@ -244,7 +295,3 @@ def _early(losses):
 
 def _late(losses):
     return np.nanmedian(losses[-max(1, len(losses) // 4) :])
-
-
-def _fall(before, after):
-    return 1 - after / before

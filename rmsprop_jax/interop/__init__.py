@@ -27,28 +27,32 @@ theirs with, as in :func:`jax.numpy.transpose`. :func:`params_from` carries the 
 mapping. Flax NNX's variables hold their array as `value`, which is no part of the path; leaves that are no
 arrays, such as an Equinox module's functions, have none.
 
+A tree of which two leaves have one path, such as ``{"a": {"b": x}, "a/b": y}``, is refused, naming both.
+
 **In part.** A new head, a frozen layer: with ``strict=False`` a parameter that has no state there, or no name
 in `names`, keeps what is in the tree already, and a parameter there that has no place here is left behind. A
-:class:`Report` of both goes to ``report=``, or into the log.
+:class:`Report` of both goes to ``report=``, or into the log. It says too whose accumulators start anew beside
+a count that goes on; a part of :func:`optax.partition` in which all is new keeps its own count.
 
 **With its hyper-parameters.** :func:`resume_torch` and :func:`resume_keras` also build the optimizer, from
 what the other framework's says of itself.
 
 **Out of a file.** In place of a dictionary every function takes the path of a file: `.safetensors`; PyTorch's
-`.pt`, `.pth`, `.ckpt` and `.bin`, by ``torch.load(weights_only=True)``, where PyTorch is installed; Keras's
-`.keras` and `.h5`, where h5py is. Nothing in a file is unpickled or executed.
+`.pt`, `.pth`, `.ckpt` and `.bin`, by ``torch.load(weights_only=True)``, where PyTorch is installed; the
+`.keras` and `.h5` of Keras 3 and 2, where h5py is. Nothing in a file is unpickled or executed. TensorFlow's
+checkpoints become dictionaries first, see :func:`from_keras`.
 
 **From an older version.** :func:`upgrade` takes states that older versions of this package saved.
 """
 
 import rmsprop_jax.interop._pickled  # noqa: F401  # where pickle.load finds the classes of older versions
+from rmsprop_jax.interop._carry import params_from
 from rmsprop_jax.interop._files import Tensors
-from rmsprop_jax.interop._keras import from_keras, to_keras
+from rmsprop_jax.interop._keras import from_keras, resume_keras, to_keras
+from rmsprop_jax.interop._match import Report
 from rmsprop_jax.interop._names import Names, paths
 from rmsprop_jax.interop._optax import from_optax, to_optax
-from rmsprop_jax.interop._params import params_from
-from rmsprop_jax.interop._report import Report
-from rmsprop_jax.interop._resume import resume_keras, resume_torch
+from rmsprop_jax.interop._resume import resume_torch
 from rmsprop_jax.interop._torch import from_torch, to_torch
 from rmsprop_jax.interop._upgrade import upgrade
 

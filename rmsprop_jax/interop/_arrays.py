@@ -1,5 +1,6 @@
-"""Arrays of every framework as NumPy's, and NumPy's as JAX's."""
+"""Arrays and settings of every framework as NumPy's and Python's, and NumPy's arrays as JAX's."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ def as_numpy(x: Any) -> np.ndarray:
         x = np.asarray(x)
         return x if x.dtype.kind in "fc" and x.dtype.itemsize >= 4 else x.astype(np.float32)
     except (TypeError, ValueError):
-        raise ValueError(f"{type(x).__name__}, which is no array of numbers") from None
+        raise ValueError(f"of type {type(x).__name__}, which is no array of numbers") from None
 
 
 def whole_number(x: Any, name: str) -> int:
@@ -54,3 +55,24 @@ def placed(x: Any, old: Any) -> jax.Array:
     """`x` as a JAX array with the dtype and the sharding of `old`, an array or its shape alone."""
     sharding = getattr(old, "sharding", None) if getattr(old, "committed", True) else None
     return jax.device_put(cast(np.asarray(x), dtype_of(old)), sharding)
+
+
+def plain(name: str, value: Any) -> Any:
+    """A Python number, flag or None, also out of an array of one."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    try:
+        value = value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        raise ValueError(f"Invalid {name}: {value!r:.60}, expected a number.") from None
+    return bool(value) if name in ("centered", "maximize") else value
+
+
+def unknown_in(settings: Mapping[str, Any], passed: Collection[str]) -> list[str]:
+    """The settings that say something, but for those that are `passed` over."""
+    return [key for key, x in settings.items() if key not in passed and x is not None and x is not False]
+
+
+def listed(settings: Mapping[str, Any], keys: Collection[str]) -> str:
+    """Some of the settings, for an error."""
+    return ", ".join(f"{key}={settings[key]!r:.60}" for key in keys)

@@ -12,14 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rmsprop_jax.interop._arrays import whole_number
+from rmsprop_jax.interop._names import FLATTENED, bare
 
 _NESTS = ("optimizer_states", "optimizer", "optimizer_state_dict")
+_BITSANDBYTES = (
+    "bitsandbytes' (whose 'state1' is 'square_avg', where it has 'qmap1' after "
+    "bitsandbytes.functional.dequantize_blockwise(state1, absmax=absmax1, code=qmap1))"
+)
 _OTHERS = {
     "exp_avg": "Adam's",
     "exp_inf": "Adamax's",
     "acc_delta": "Adadelta's",
     "sum": "Adagrad's",
     "prev": "Rprop's",
+    **dict.fromkeys(("state1", "__bnb_optimizer_quant_state__"), _BITSANDBYTES),
 }
 
 
@@ -28,18 +34,29 @@ class Entry(NamedTuple):
 
     Attributes:
       state: its own, empty where it has none.
+      key: by which PyTorch's `state` has it.
       group: the hyper-parameters of its group.
       number: of its group.
-      key: by which PyTorch's `state` has it.
+      is_ordered: whether `order` named it.
     """
 
     state: Mapping[str, Any]
+    key: Any
     group: Mapping[str, Any]
     number: int
-    key: Any
+    is_ordered: bool = False
 
 
-def entries_of(checkpoint: Any, order: Sequence[str] | None = None) -> dict[str, Entry]:
+Order = Sequence[str] | Sequence[Sequence[str]]
+
+ADVICE = (
+    "pass order=, the names of the parameters in the optimizer's order, which is group after group: "
+    "names = {p: name for name, p in model.named_parameters()}; "
+    'order=[[names[p] for p in group["params"]] for group in optimizer.param_groups]'
+)
+
+
+def entries_of(checkpoint: Any, order: Order | None = None) -> dict[str, Entry]:
     """Each parameter of the optimizer's by its name.
 
     Raises:
@@ -49,19 +66,47 @@ def entries_of(checkpoint: Any, order: Sequence[str] | None = None) -> dict[str,
     if "param_groups" not in optimizer_state:
         return _numbered(_flat(optimizer_state), order)
     groups, states = optimizer_state["param_groups"], optimizer_state["state"]
-    if not (isinstance(groups, list | tuple) and all(_is_group(group) for group in groups)):
+    _check(groups, states)
+    entries = []
+    for number, (group, names) in enumerate(zip(groups, _names(groups, order), strict=True)):
+        settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        rest = settings, number, _own_names(group) is None
+        entries += [
+            (n, Entry(states.get(k, {}), k, *rest)) for n, k in zip(names, group["params"], strict=True)
+        ]
+    return _by_name(entries)
+
+
+def _check(groups, states):
+    if not (isinstance(groups, list | tuple) and all(_is_list(x, "params") for x in groups)):
         raise ValueError("Invalid optimizer_state: its param_groups are no list of groups with 'params'.")
     if not (isinstance(states, Mapping) and all(isinstance(x, Mapping) for x in states.values())):
         raise ValueError("Invalid optimizer_state: its 'state' is no dictionary of dictionaries.")
-    places = [(key, number) for number, group in enumerate(groups) for key in group["params"]]
-    names = _names(places, groups, order)
-    entries: dict[str, Entry] = {}
-    for name, (key, number) in zip(names, places, strict=True):
-        if name in entries:
+
+
+def _by_name(entries):
+    by_name: dict[str, Entry] = {}
+    for name, entry in entries:
+        if by_name.setdefault(name, entry) is not entry:
             raise ValueError(f"Invalid optimizer_state: it has two parameters named {name!r}.")
-        group = {k: v for k, v in groups[number].items() if k not in ("params", "param_names")}
-        entries[name] = Entry(states.get(key, {}), group, number, key)
-    return entries
+    return by_name
+
+
+def groups_in_doubt(entries: Mapping[str, Entry], order: Order | None) -> tuple[tuple[str, ...], ...]:
+    """The names by group, where `order` alone says so, and another could have been meant: `Report.groups`."""
+    if order is None or _is_by_group(order) or not all(entry.is_ordered for entry in entries.values()):
+        return ()
+    kinds = {
+        (tuple(getattr(entry.state.get("square_avg"), "shape", ())), entry.number)
+        for entry in entries.values()
+        if entry.state
+    }
+    if len({shape for shape, _ in kinds}) == len(kinds):
+        return ()
+    names: dict[int, tuple[str, ...]] = {}
+    for name, entry in entries.items():
+        names[entry.number] = (*names.get(entry.number, ()), name)
+    return tuple(names.values())
 
 
 def stepped(entries: Mapping[str, Entry]) -> int | None:
@@ -70,39 +115,45 @@ def stepped(entries: Mapping[str, Entry]) -> int | None:
     Raises:
       ValueError: for an optimizer that is none of RMSProp's, or has no state at all.
     """
-    with_state = [entry.state for entry in entries.values() if entry.state]
-    if not with_state:
+    states = [entry.state for entry in entries.values() if entry.state]
+    if not states:
         raise ValueError("Invalid optimizer_state: it is empty, its optimizer has not taken a step.")
-    keys = dict.fromkeys(str(key) for state in with_state for key in state)
-    other = next((whose for key, whose in _OTHERS.items() if key in keys), None)
-    if other or "square_avg" not in keys:
-        found = ", ".join(map(repr, keys))
+    keys = dict.fromkeys(str(key) for state in states for key in state)
+    whose = list(filter(None, map(_OTHERS.get, keys)))
+    if whose or "square_avg" not in keys:
         raise ValueError(
-            f"Invalid optimizer_state: it is {other or 'that of another optimizer'}, with {found}, "
-            "expected RMSprop's, with 'square_avg'."
+            f"Invalid optimizer_state: it is {[*whose, 'that of another optimizer'][0]}, with "
+            f"{', '.join(map(repr, keys))}, expected RMSprop's, with 'square_avg'."
         )
-    steps = [whole_number(state["step"], "step") for state in with_state if "step" in state]
-    return max(steps, default=None)
+    return max((whole_number(state["step"], "step") for state in states if "step" in state), default=None)
 
 
 def _unwrapped(checkpoint, place):
     """The optimizer's state at a known place in a checkpoint."""
     if _is_state(checkpoint):
         return checkpoint
-    if isinstance(checkpoint, list | tuple) and len(checkpoint) == 1:
-        return _unwrapped(checkpoint[0], f"{place}[0]")
-    if isinstance(checkpoint, Mapping):
-        prefixed = {
-            k.removeprefix("optimizer."): v for k, v in checkpoint.items() if _starts(k, "optimizer.")
-        }
-        if _is_state(prefixed):
-            return prefixed
-        nests = [key for key in _NESTS if isinstance(checkpoint.get(key), Mapping | list | tuple)]
-        if len(nests) == 1:
-            return _unwrapped(checkpoint[nests[0]], f"{place}[{nests[0]!r}]")
-    hints = [f"{place}{where}" for where in _places(checkpoint)]
-    hint = f": pass {' or '.join(hints)}" if hints else ""
-    raise ValueError(f"Invalid {place}: it is {_what(checkpoint)}, expected optimizer.state_dict(){hint}.")
+    inner = _inner(checkpoint)
+    if len(inner) == 1:
+        ((key, value),) = inner.items()
+        return _unwrapped(value, place if key is None else f"{place}[{key!r}]")
+    hint = " or ".join(f"{place}{where}" for where in _places(checkpoint))
+    raise ValueError(
+        f"Invalid {place}: it is {_what(checkpoint)}, expected optimizer.state_dict()"
+        f"{hint and f': pass {hint}'}."
+    )
+
+
+def _inner(checkpoint):
+    """What stands in its known places, by its key; by None what has a prefix."""
+    if isinstance(checkpoint, list | tuple):
+        return dict(enumerate(checkpoint))
+    if not isinstance(checkpoint, Mapping):
+        return {}
+    prefix = "optimizer."
+    inner = {k.removeprefix(prefix): v for k, v in checkpoint.items() if _starts(k, prefix)}
+    if _is_state(inner):
+        return {None: inner}
+    return {key: x for key in _NESTS if isinstance(x := checkpoint.get(key), Mapping | list | tuple)}
 
 
 def _is_state(x):
@@ -111,8 +162,8 @@ def _is_state(x):
     )
 
 
-def _is_group(x):
-    return isinstance(x, Mapping) and isinstance(x.get("params"), list | tuple)
+def _is_list(x, key):
+    return isinstance(x, Mapping) and isinstance(x.get(key), list | tuple)
 
 
 def _starts(key, prefix):
@@ -131,20 +182,24 @@ def _places(x: Any, depth: int = 4) -> Iterator[str]:
 
 
 def _what(x):
+    """What something is that is no optimizer's state."""
     if not isinstance(x, Mapping):
         return f"a {type(x).__name__}" + (f" of {len(x)}" if isinstance(x, list | tuple) else "")
-    keys = ", ".join(map(repr, list(x)[:4])) + (", ..." if len(x) > 4 else "")
     if not x:
         return "an empty dictionary"
     if "state" in x:
         return "an optimizer's state without param_groups"
-    if all(isinstance(value, Mapping) and not _is_state(value) for value in x.values()) and any(
-        key in value for value in x.values() for key in ("square_avg", *_OTHERS)
-    ):
+    keys = ", ".join(map(repr, list(x)[:4])) + (", ..." if len(x) > 4 else "")
+    if _is_states(x):
         return f"the 'state' of an optimizer alone, with {keys}"
     if all(hasattr(value, "shape") for value in x.values()):
         return f"a dictionary of arrays, with {keys}, as a model's state_dict"
     return f"a dictionary with {keys}"
+
+
+def _is_states(x):
+    inner = [value for value in x.values() if isinstance(value, Mapping)]
+    return len(inner) == len(x) and not {"square_avg", *_OTHERS}.isdisjoint(set().union(*inner))
 
 
 def _flat(state):
@@ -160,7 +215,7 @@ def _flat(state):
     for name in dict.fromkeys([*states, *settings]):
         group = settings.get(name, {})
         number = numbers.setdefault(repr(sorted(group.items())), len(numbers))
-        flat[name] = Entry(states.get(name, {}), group, number, name)
+        flat[name] = Entry(states.get(name, {}), name, group, number)
     return flat
 
 
@@ -168,21 +223,55 @@ def _numbered(entries, order):
     """Entries by their names in `order`, where the flat form has numbers for names."""
     if order is None or not all(name.isdecimal() for name in entries):
         return entries
+    order = [name for group in order for name in group] if _is_by_group(order) else order
     if any(int(name) >= len(order) for name in entries):
         raise ValueError(f"order has {len(order)} names, PyTorch's optimizer a parameter {max(entries)}.")
     return {order[int(name)]: entry for name, entry in entries.items()}
 
 
-def _names(places, groups, order):
-    if places and all(isinstance(key, str) for key, _ in places):
-        return [key for key, _ in places]
-    if order is None and all("param_names" in group for group in groups):
-        order = [name for group in groups for name in group["param_names"]]
-    if order is None:
-        raise ValueError(
-            "PyTorch's state counts its parameters and does not name them: "
-            "pass order=[name for name, _ in model.named_parameters()]."
-        )
-    if len(places) != len(order):
-        raise ValueError(f"order has {len(order)} names, PyTorch's optimizer {len(places)} parameters.")
-    return order
+def _names(groups, order):
+    """The names of the parameters of each group."""
+    own = list(map(_own_names, groups))
+    if order is None or all(isinstance(key, str) for group in groups for key in group["params"]):
+        if None in own:
+            raise ValueError(f"PyTorch's state counts its parameters and does not name them: {ADVICE}.")
+        return own
+    names = _by_group(groups, order)
+    for number, (given, known) in enumerate(zip(names, own, strict=True)):
+        _confirm(number, given, given if known is None else known)
+    return names
+
+
+def _confirm(number, given, known):
+    """Raises ValueError for a group's names that are not those that the checkpoint has."""
+    for ours, theirs in zip(given, known, strict=True):
+        if bare(ours) != bare(theirs):
+            raise ValueError(
+                f"order has {ours!r} where group {number} of the checkpoint says {theirs!r}: "
+                "leave order= out, the checkpoint has the names."
+            )
+
+
+def _by_group(groups, order):
+    """`order` group after group."""
+    sizes = [len(group["params"]) for group in groups]
+    if _is_by_group(order):
+        if (given := [len(names) for names in order]) != sizes:
+            raise ValueError(f"order has groups of {given} names, PyTorch's optimizer of {sizes}.")
+        return order
+    if len(order) != sum(sizes):
+        hint = f" (fewer where a state is {FLATTENED})" if len(order) > sum(sizes) else ""
+        raise ValueError(f"order has {len(order)} names, PyTorch's optimizer {sum(sizes)} parameters{hint}.")
+    rest = iter(order)
+    return [[next(rest) for _ in range(size)] for size in sizes]
+
+
+def _is_by_group(order):
+    return any(not isinstance(name, str) for name in order)
+
+
+def _own_names(group):
+    """The names that a group has for its parameters, None if it has none."""
+    if all(isinstance(key, str) for key in group["params"]):
+        return group["params"]
+    return group.get("param_names")

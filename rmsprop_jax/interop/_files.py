@@ -14,6 +14,8 @@ import importlib
 import io
 import json
 import os
+import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +47,7 @@ def load(tensors: Tensors) -> Mapping[str, Any]:
         raise
     except Exception as error:  # readers of cut and altered files raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"Invalid file: {path!r} cannot be read: {reason:.300}") from error
+        raise ValueError(f"Invalid file: {path!r} cannot be read: {reason:.1000}.") from error
 
 
 def is_keras_file(tensors: Any) -> bool:
@@ -77,10 +79,14 @@ def keras_config(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
 
 def _reader(path):
     if os.path.isdir(path):
-        raise ValueError(
-            f"Invalid file: {path!r} is a directory. One of torch.distributed.checkpoint becomes a file by "
-            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
-        )
+        if not os.path.exists(os.path.join(path, "saved_model.pb")):
+            raise ValueError(
+                f"Invalid file: {path!r} is a directory. One of torch.distributed.checkpoint becomes a file "
+                "by torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
+            )
+        raise ValueError(_tensorflow(path, "SavedModel", os.path.join(path, "variables", "variables")))
+    if (prefix := re.sub(r"\.(index|data-\d+-of-\d+)$", "", path)) != path or os.path.exists(f"{path}.index"):
+        raise ValueError(_tensorflow(path, "checkpoint", prefix))
     for ends, reader in (
         ((".safetensors",), _safetensors),
         (_TORCH, _torch),
@@ -106,8 +112,31 @@ def _safetensors(path):
     return _package("safetensors.numpy", path).load_file(path)
 
 
+def _tensorflow(path, kind, prefix):
+    return (
+        f"Invalid file: {path!r} is a TensorFlow {kind}. Make a dictionary of it, and pass that:\n"
+        f"  reader = tf.train.load_checkpoint({prefix!r})\n"
+        "  shapes = reader.get_variable_to_shape_map()\n"
+        "  variables = {name: reader.get_tensor(name) for name in shapes}"
+    )
+
+
 def _torch(path):
-    return _package("torch", path).load(path, map_location="cpu", weights_only=True)
+    torch = _package("torch", path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        names = set(re.findall(r"GLOBAL (\S+)", str(error)))
+        if not names:
+            raise ValueError(str(error).rpartition("WeightsUnpickler error: ")[2]) from error
+        if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint") and zipfile.is_zipfile(path):
+            names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))  # since 2.6
+        found = ", ".join(sorted(names))
+        raise ValueError(
+            f"it has {found} in it, and no more than tensors and plain values is loaded. If you trust it: "
+            f"torch.serialization.add_safe_globals([{found}]) first, or pass "
+            "torch.load(path, weights_only=False) in its place"
+        ) from None
 
 
 def _keras(path):

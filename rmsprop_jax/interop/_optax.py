@@ -5,12 +5,9 @@ import numpy as np
 
 from rmsprop_jax._tree import Tree
 from rmsprop_jax.interop._arrays import placed
-from rmsprop_jax.interop._carry import count_for
-from rmsprop_jax.interop._moments import filled, is_multi_steps, moments, shapes_of
-from rmsprop_jax.interop._names import Theirs, matched
-from rmsprop_jax.interop._report import Reporter, tell
-
-_LABELS = {"E[g^2]": "nu", "E[g]": "mu", "b": "trace"}
+from rmsprop_jax.interop._carry import carry
+from rmsprop_jax.interop._match import Reporter, Source
+from rmsprop_jax.interop._moments import Moments, is_multi_steps, moments_of
 
 
 def from_optax(
@@ -31,8 +28,7 @@ def from_optax(
       count: number of updates so far. By default Optax's, which counts them where there is a schedule or bias
         correction. To be given where it does not and the target has a schedule, rounds what it stores, or
         corrects the bias; the last does not show in a state, and a count of 0 is logged.
-      strict: as for :func:`from_torch`: False leaves what only one of the two trees has.
-      report: as for :func:`from_torch`.
+      strict, report: as for :func:`from_torch`.
 
     Returns:
       A state as `state`.
@@ -51,9 +47,8 @@ def from_optax(
       >>> print(interop.from_optax(state, ours.init(jnp.zeros(2)), count=1)[0])
       ScaleByRmsState(count=Array(1, dtype=int32), nu={'bfloat16': Array([1, 4], dtype=bfloat16)}, mu=None)
     """
-    arrays, counted = moments(optax_state)
-    found = count_for(state, count, counted, always=False)
-    return _carried_over(state, optax_state, arrays, found, strict, report)
+    state = _accumulated(state, optax_state)
+    return carry(state, None, None, OptaxSource(optax_state), count=count, strict=strict, report=report)
 
 
 def to_optax(state: Tree, optax_state: Tree) -> Tree:
@@ -78,59 +73,47 @@ def to_optax(state: Tree, optax_state: Tree) -> Tree:
       >>> print(state.nu, theirs.nu, state.mu)  # the variance, the raw moment, the mean
       [0.75 3.  ] [1. 4.] [0.5 1. ]
     """
-    arrays, count = moments(state)
-    return _carried_over(optax_state, state, arrays, count or 0)
+    source = OptaxSource(state)
+    return carry(_accumulated(optax_state, state), None, None, source, count=source.count or 0)
 
 
-def _carried_over(state, source, arrays, count, strict=True, report=None):
-    """`state` with the arrays, which have its paths for names, and with what `source` has accumulated."""
-    needed = shapes_of(state)
-    shapes = {path: shape for (_, path), shape in needed.items()}
-    known = dict.fromkeys(path for _, path in arrays)
-    theirs = Theirs(
-        known,
-        _LABELS,
-        lambda name, what: arrays.get((what, name)),
-        lambda name: name if name in known else None,
-    )
-    found, told = matched(needed, shapes, {path: path for path in shapes}, theirs, strict)
-    new = _accumulated(filled(state, found, count), source)
-    tell(told, report, strict)
-    return new
+class OptaxSource(Source):
+    """A state of this package or of Optax, whose names are paths."""
+
+    labels = Moments("nu", "mu", "trace")
+    needs_count = False
+    count = None
+
+    def __init__(self, state: Tree) -> None:
+        self.names, self.count = moments_of(state)
+
+    def find(self, name: str) -> str | None:
+        return name if name in self.names else None
+
+    def arrays(self, name: str) -> Moments:
+        return self.names[name]
 
 
 def _accumulated(state, source):
     """`state` with what each `optax.MultiSteps` in `source` has gathered."""
 
-    def of(tree):
-        return [x for x in jax.tree.leaves(tree, is_leaf=is_multi_steps) if is_multi_steps(x)]
+    def kept(x):
+        return jax.tree.map(np.shape, x.acc_grads)
 
-    theirs, ours = of(source), of(state)
-    if len(theirs) != len(ours):
+    leaves, treedef = jax.tree.flatten(state, is_leaf=is_multi_steps)
+    theirs = list(filter(is_multi_steps, jax.tree.leaves(source, is_leaf=is_multi_steps)))
+    ours = list(filter(is_multi_steps, leaves))
+    if list(map(kept, theirs)) != list(map(kept, ours)):
         if steps := [int(x.mini_step) for x in theirs if int(x.mini_step)]:
             raise ValueError(
                 f"The states do not fit: one is at mini_step {steps[0]} of optax.MultiSteps, its acc_grads "
                 "half full, and the other has no place for them: finish the update, or wrap it in one too."
             )
         return state
-    sources = iter(theirs)
-
-    def new(node):
-        if not is_multi_steps(node):
-            return node
-        other = next(sources)
-        if _shapes(other.acc_grads) != _shapes(node.acc_grads):
-            if int(other.mini_step) == 0:
-                return node
-            raise ValueError("The states do not fit: acc_grads of optax.MultiSteps are of different trees.")
-        return node._replace(
-            mini_step=placed(other.mini_step, node.mini_step),
-            gradient_step=placed(other.gradient_step, node.gradient_step),
-            acc_grads=jax.tree.map(placed, other.acc_grads, node.acc_grads),
-        )
-
-    return jax.tree.map(new, state, is_leaf=is_multi_steps)
-
-
-def _shapes(tree):
-    return jax.tree.map(np.shape, tree)
+    fields, sources = ("mini_step", "acc_grads"), iter(theirs)
+    for i, node in enumerate(leaves):
+        if is_multi_steps(node):
+            other = next(sources)
+            new = {x: jax.tree.map(placed, getattr(other, x), getattr(node, x)) for x in fields}
+            leaves[i] = node._replace(**new)
+    return jax.tree.unflatten(treedef, leaves)

@@ -1,29 +1,27 @@
-"""An optimizer built from what another framework's says of itself, and filled with its state."""
+"""PyTorch's optimizer built anew from what its groups say, and filled with its state."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from rmsprop_jax import conventions
 from rmsprop_jax._tree import Tree, leaf_name
-from rmsprop_jax.interop._checkpoints import entries_of, stepped
-from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
-from rmsprop_jax.interop._keras import from_keras
-from rmsprop_jax.interop._names import Names, finder, paths
-from rmsprop_jax.interop._report import Reporter
-from rmsprop_jax.interop._torch import from_torch
-from rmsprop_jax.interop._variables import rmsprop_config, variables_of
+from rmsprop_jax.interop._arrays import listed, plain, unknown_in
+from rmsprop_jax.interop._carry import carry
+from rmsprop_jax.interop._checkpoints import Order, stepped
+from rmsprop_jax.interop._files import Tensors, load
+from rmsprop_jax.interop._match import Reporter
+from rmsprop_jax.interop._names import Names, path_of, paths
+from rmsprop_jax.interop._torch import TorchSource
 
 _NEEDED = ("lr", "alpha", "eps", "momentum", "centered", "weight_decay")
 # How PyTorch computes it, and what its schedulers note down: no part of the rule.
 _TORCH_ONLY = ("foreach", "capturable", "differentiable", "fused")
 _NOTES = ("initial_lr", "max_lr", "min_lr", "swa_lr", "name", "lr_scale", "max_lr_snapshot")
-_KERAS_ONLY = ("name", "use_ema", "ema_momentum", "loss_scale_factor", "jit_compile")
 
 
 def resume_torch(
@@ -31,7 +29,7 @@ def resume_torch(
     params: Tree,
     names: Names,
     *,
-    order: Sequence[str] | None = None,
+    order: Order | None = None,
     learning_rate: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
     convention: Callable[..., optax.GradientTransformation] | None = None,
     new_group: int | None = None,
@@ -45,23 +43,20 @@ def resume_torch(
     Args:
       checkpoint: as for :func:`from_torch`, with the optimizer's `param_groups`.
       params: the parameters.
-      names: as for :func:`from_torch`.
-      order: as for :func:`from_torch`, group after group.
+      names, order, count, strict, report: as for :func:`from_torch`.
       learning_rate: in place of the groups' `lr`: a number or a schedule, which a state dict does not hold,
         or a sequence of them, one for each group. A schedule goes on at the count that is carried over.
       convention: whose RMSProp it was, such as `conventions.torch`. By default as the keys of the groups say:
         timm's has ``decoupled_decay``, PyTorch's ``foreach``; Stable-Baselines3's has neither, and PyTorch's
         before 1.12 had neither, so that these two have to be named.
       new_group: the number of the group whose hyper-parameters are taken for parameters that the checkpoint
-        does not have; needed where ``strict=False`` leaves some and groups differ.
+        does not have, with ``strict=False``. They are a part of their own, whose counts and schedules start
+        at 0; without `new_group` the run's count is theirs too. Needed where groups differ.
       ignore: keys of the groups to be ignored. The package does so with what PyTorch has for its own
         computation and its schedulers: ``foreach``, ``capturable``, ``fused``, ``initial_lr``, ...
-      count: as for :func:`from_torch`.
-      strict: as for :func:`from_torch`.
-      report: as for :func:`from_torch`.
 
     Returns:
-      The transformation, an :func:`optax.partition` where groups differ, and its state. Complex parameters
+      The transformation, an :func:`optax.partition` where there are parts, and its state. Complex parameters
       are two reals in both, by :func:`optax.contrib.split_real_and_imaginary`.
 
     Raises:
@@ -82,163 +77,112 @@ def resume_torch(
       >>> tx, state = interop.resume_torch(checkpoint, params, {"fc.bias": "bias"})
       >>> print(tx.settings.decay, optax.tree.get(state, "count"), optax.tree.get(state, "nu"))
       0.99 7 {'bias': Array([1., 2.], dtype=float32)}
+
+      With a new head, whose learning rate warms up from 0 while that of the rest goes on at 7:
+
+      >>> params = {"bias": jnp.zeros(2), "head": jnp.zeros(3)}
+      >>> tx, state = interop.resume_torch(
+      ...     checkpoint, params, {"fc.bias": "bias"}, strict=False, new_group=0, report=print,
+      ...     learning_rate=optax.linear_schedule(0.0, 0.01, 5),
+      ... )
+      1 carried over. Kept as init made them: 'head'.
     """
-    loaded = load(checkpoint)
-    entries = entries_of(loaded, order)
-    stepped(entries)  # refuses what is no RMSProp's
-    find = finder(entries)
-    number_of = {}
-    for name, target in names.items():
-        if (source := find(name)) is not None:
-            number_of[target if isinstance(target, str) else target[0]] = entries[source].number
-    groups = {entry.number: entry.group for entry in entries.values()}
-    rates = _rates(learning_rate, len(groups))
-    used = sorted({number_of[path] for path in paths(params) if path in number_of} or groups)
-    if new_group is not None and new_group not in groups:
-        raise ValueError(f"Invalid {new_group=}: the checkpoint has the groups {sorted(groups)}.")
-    used = sorted({*used, *([] if new_group is None else [new_group])})
-    built = {n: _settings(n, groups[n], rates[n], convention, ignore) for n in used}
-    kinds: list[tuple[Any, dict[str, Any]]] = []
-    for setting in built.values():
-        if setting not in kinds:
-            kinds.append(setting)
-    label_of = {n: f"group {kinds.index(setting)}" for n, setting in built.items()}
-    is_complex = any(jnp.iscomplexobj(x) for x in jax.tree.leaves(params) if hasattr(x, "dtype"))
-    wrap = optax.contrib.split_real_and_imaginary if is_complex else lambda tx: tx
-    parts = {f"group {i}": wrap(function(**settings)) for i, (function, settings) in enumerate(kinds)}
-    if len(parts) == 1:
-        tx = parts["group 0"]
-    else:
-        new = [path for path in paths(params) if path not in number_of]
-        if new and new_group is None and not strict:
-            raise ValueError(
-                f"The checkpoint has no {', '.join(map(repr, new))}, and its groups {used} differ: "
-                "pass new_group=, the number of the one whose hyper-parameters these take."
-            )
-        default = used[0] if new_group is None else new_group  # if strict, from_torch lists what is missing
-
-        def label(path, _):
-            return label_of[number_of.get(leaf_name(path), default)]
-
-        tx = optax.partition(parts, jax.tree_util.tree_map_with_path(label, params))
-    state = from_torch(
-        loaded, tx.init(params), params, names, order=order, count=count, strict=strict, report=report
-    )
-    return tx, state
+    source = TorchSource(load(checkpoint), order)
+    stepped(source.names)  # refuses what is no RMSProp's
+    group_of = _groups(source, names, new_group)
+    here = paths(params)
+    new = [path for path in here if path not in group_of]
+    used = {number for path, number in group_of.items() if path in here}
+    settings = _settings(source, used | ({new_group} - {None}), learning_rate, convention, ignore)
+    if new and new_group is None and not strict:
+        _check_alike(new, settings)
+    tx = _partition(group_of, settings, params, new_group if new else None)
+    return tx, carry(tx.init(params), params, names, source, count=count, strict=strict, report=report)
 
 
-def resume_keras(
-    variables: Tensors,
-    params: Tree,
-    names: Names,
-    *,
-    config: Mapping[str, Any] | None = None,
-    order: Sequence[str] | None = None,
-    learning_rate: optax.ScalarOrSchedule | None = None,
-    count: int | None = None,
-    strict: bool = True,
-    report: Reporter | None = None,
-) -> tuple[optax.GradientTransformation, Tree]:
-    """The optimizer of a Keras run and its state: what :func:`from_keras` does, and its hyper-parameters.
-
-    Args:
-      variables: as for :func:`from_keras`.
-      params: the parameters.
-      names: as for :func:`from_keras`.
-      config: ``optimizer.get_config()``, also a `LossScaleOptimizer`'s; by default what the `.keras` or `.h5`
-        file says. It does not hold what ``exclude_from_weight_decay`` was told.
-      order: as for :func:`from_keras`.
-      learning_rate: a number or a schedule; by default the variable's value, or the configuration's number.
-        To be given where Keras had a schedule. One goes on at the count that is carried over.
-      count: as for :func:`from_keras`.
-      strict: as for :func:`from_keras`.
-      report: as for :func:`from_keras`.
-
-    Returns:
-      `conventions.keras` and its state.
-
-    Raises:
-      ValueError: as :func:`from_keras`, and naming every part of the configuration that has no counterpart.
-
-    Example:
-      >>> import jax.numpy as jnp, numpy as np, optax
-      >>> from rmsprop_jax import interop
-      >>> config = {"learning_rate": 0.01, "rho": 0.95, "momentum": 0.0, "epsilon": 1e-7, "centered": False}
-      >>> theirs = {"rmsprop/iteration": np.array(7), "rmsprop/dense_bias_velocity": np.array([1.0, 2.0])}
-      >>> params = {"bias": jnp.zeros(2)}
-      >>> tx, state = interop.resume_keras(theirs, params, {"dense/bias": "bias"}, config=config)
-      >>> print(tx.settings.decay, optax.tree.get(state, "count"))
-      0.95 7
-    """
-    if config is None and is_keras_file(variables):
-        config = keras_config(variables)  # type: ignore[arg-type]
-    own = rmsprop_config(config)
-    if own is None:
-        raise ValueError("The optimizer's configuration is not in it: pass config=optimizer.get_config().")
-    loaded = load(variables)
-    known = inspect.signature(conventions.keras).parameters
-    settings = {
-        key: _plain(key, value) for key, value in own.items() if key in known and key != "learning_rate"
-    }
-    passed = {*known, *_KERAS_ONLY, *([] if own.get("use_ema") else ["ema_overwrite_frequency"])}
-    passed |= {"gradient_accumulation_steps"} if own.get("gradient_accumulation_steps") == 1 else set()
-    unknown = [
-        f"{key}={value!r:.60}"
-        for key, value in own.items()
-        if key not in passed and value is not None and value is not False
-    ]
-    if unknown:
-        raise ValueError(f"Invalid config: {', '.join(unknown)} has no counterpart in conventions.keras.")
-    if learning_rate is None:
-        learning_rate = _keras_rate(loaded, own, order)
-    tx = conventions.keras(learning_rate, **settings)
-    state = from_keras(
-        loaded,
-        tx.init(params),
-        params,
-        names,
-        order=order,
-        config=own,
-        count=count,
-        strict=strict,
-        report=report,
-    )
-    return tx, state
+def _groups(source, names, new_group):
+    """The number of each parameter's group, by its path."""
+    numbers = {entry.number for entry in source.names.values()}
+    if new_group is not None and new_group not in numbers:
+        raise ValueError(f"Invalid {new_group=}: the checkpoint has the groups {sorted(numbers)}.")
+    keys = {path_of(target): source.find(name) for name, target in names.items()}
+    return {path: source.names[key].number for path, key in keys.items() if key is not None}
 
 
-def _rates(learning_rate, groups):
-    if not isinstance(learning_rate, list | tuple):
-        return [learning_rate] * groups
-    if len(learning_rate) != groups:
+def _settings(source, used, learning_rate, convention, ignore):
+    """What builds the optimizer of each group that is used: the function, and its arguments."""
+    groups = {entry.number: entry.group for entry in source.names.values()}
+    rates = learning_rate if isinstance(learning_rate, list | tuple) else [learning_rate] * len(groups)
+    if len(rates) != len(groups):
         raise ValueError(
-            f"Invalid learning_rate: {len(learning_rate)} of them, the checkpoint has {groups} groups."
+            f"Invalid learning_rate: {len(rates)} of them, the checkpoint has {len(groups)} groups."
         )
-    return learning_rate
+    return {
+        number: _arguments(number, groups[number], rates[number], convention, {*ignore})
+        for number in sorted(used or groups)
+    }
 
 
-def _settings(number, group, learning_rate, convention, ignore):
-    """What builds a group's optimizer: the function, and its arguments."""
+def _arguments(number, group, rate, convention, ignore):
+    """What builds the optimizer of a group: the function, and its arguments."""
     function = convention or _convention(group)
     known = inspect.signature(function).parameters
+    is_scaled = rate is not None and group.get("lr_scale", 1) != 1
+    passed = {*known, *_TORCH_ONLY, *_NOTES} - ({"lr_scale"} if is_scaled else set()) | ignore
+    _check_group(number, group, function, known, passed)
+    arguments = {key: plain(key, group[key]) for key in known if key in group and key not in _NOTES}
+    if "max_lr" in known and group.get("max_lr_snapshot") is not None:
+        arguments["max_lr"] = plain("max_lr_snapshot", group["max_lr_snapshot"])
+    return function, arguments | ({} if rate is None else {"lr": rate})
+
+
+def _check_group(number, group, function, known, passed):
+    """Raises ValueError for settings that are missing, or that say something and have no counterpart."""
     if missing := [key for key in _NEEDED if key in known and key not in group]:
         raise ValueError(f"Group {number} of the checkpoint has no {', '.join(map(repr, missing))}.")
-    settings = {key: _plain(key, value) for key, value in group.items() if key in known and key not in _NOTES}
-    if "max_lr" in known and group.get("max_lr_snapshot") is not None:
-        settings["max_lr"] = _plain("max_lr_snapshot", group["max_lr_snapshot"])
-    if learning_rate is not None:
-        settings["lr"] = learning_rate
-    scaled = learning_rate is not None and group.get("lr_scale", 1) != 1
-    passed = {*known, *_TORCH_ONLY, *_NOTES, *ignore} - ({"lr_scale"} - {*ignore} if scaled else set())
-    unknown = [
-        key for key, value in group.items() if key not in passed and value is not None and value is not False
-    ]
-    if unknown:
-        found = ", ".join(f"{key}={group[key]!r:.60}" for key in unknown)
+    if unknown := unknown_in(group, passed):
         raise ValueError(
-            f"Group {number} of the checkpoint has {found}, without counterpart in "
+            f"Group {number} of the checkpoint has {listed(group, unknown)}, without counterpart in "
             f"conventions.{function.__name__}: ignore={unknown} passes over it."
         )
-    return function, settings
+
+
+def _check_alike(new, settings):
+    first, *rest = settings.values()
+    if any(one != first for one in rest):
+        raise ValueError(
+            f"The checkpoint has no {', '.join(map(repr, new))}, and its groups {list(settings)} differ: "
+            "pass new_group=, the number of the one whose hyper-parameters these take."
+        )
+
+
+def _partition(group_of, settings, params, new_group):
+    """The optimizer of all parameters: one part for each kind of group, and one for new parameters."""
+    parts: dict[str, tuple[Any, dict[str, Any]]] = {}
+    labels = {number: _label(one, parts) for number, one in settings.items()}
+    if new_group is not None:
+        labels[None], parts["new"] = "new", settings[new_group]
+    if len(parts) == 1:
+        return _built(*parts["group 0"], params)
+
+    def label(path, _):  # if strict, `carry` lists what is missing
+        return labels.get(group_of.get(leaf_name(path)), "group 0")
+
+    built = {label: _built(*one, params) for label, one in parts.items()}
+    return optax.partition(built, jax.tree_util.tree_map_with_path(label, params))
+
+
+def _built(function, arguments, params):
+    is_complex = any(jnp.iscomplexobj(x) for x in jax.tree.leaves(params) if hasattr(x, "dtype"))
+    tx = function(**arguments)
+    return optax.contrib.split_real_and_imaginary(tx) if is_complex else tx
+
+
+def _label(one, parts):
+    """The label of a kind of group among `parts`, to which a new one is added."""
+    label = next((label for label, other in parts.items() if other == one), f"group {len(parts)}")
+    parts.setdefault(label, one)
+    return label
 
 
 def _convention(group):
@@ -250,23 +194,3 @@ def _convention(group):
         "The groups' keys are those of Stable-Baselines3's RMSpropTFLike and of PyTorch's RMSprop before "
         "1.12, which differ: pass convention=conventions.stable_baselines3 or convention=conventions.torch."
     )
-
-
-def _plain(name, value):
-    """A Python number, flag or None, also out of an array of one."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    try:
-        value = value.item()
-    except (AttributeError, ValueError, RuntimeError):
-        raise ValueError(f"Invalid {name}: {value!r:.60}, expected a number.") from None
-    return bool(value) if name in ("centered", "maximize") else value
-
-
-def _keras_rate(arrays, config, order):
-    key = variables_of(arrays, order, config).learning_rate
-    rate = config.get("learning_rate") if key is None else np.asarray(arrays[key])
-    if isinstance(rate, Mapping) or rate is None:
-        found = f"the schedule {rate.get('class_name')}" if rate else "nowhere"
-        raise ValueError(f"Keras' learning rate is {found}: pass learning_rate=, a number or a schedule.")
-    return _plain("learning_rate", rate)

@@ -1,18 +1,17 @@
 """The state of PyTorch's optimizers, see `_checkpoints` for its forms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from rmsprop_jax._tree import Tree
-from rmsprop_jax.interop._carry import buffer_factor, carried, count_for, named
-from rmsprop_jax.interop._checkpoints import Entry, entries_of, stepped
+from rmsprop_jax.interop._carry import buffer_factor, carry, outward
+from rmsprop_jax.interop._checkpoints import Order, entries_of, groups_in_doubt, stepped
 from rmsprop_jax.interop._files import Tensors, load
-from rmsprop_jax.interop._names import Names, Theirs, finder
-from rmsprop_jax.interop._report import Reporter
-
-_LABELS = {"E[g^2]": "square_avg", "E[g]": "grad_avg", "b": "momentum_buffer"}
+from rmsprop_jax.interop._match import Reporter, Source
+from rmsprop_jax.interop._moments import Moments
+from rmsprop_jax.interop._names import Names, finder
 
 
 def from_torch(
@@ -21,7 +20,7 @@ def from_torch(
     params: Tree,
     names: Names,
     *,
-    order: Sequence[str] | None = None,
+    order: Order | None = None,
     learning_rate: float | None = None,
     lr_in_momentum: bool | None = None,
     count: int | None = None,
@@ -39,26 +38,32 @@ def from_torch(
       names: from PyTorch's parameter names to paths in `params`, see the module. Parameters it does not list
         are not transferred. What `torch.compile`, DDP and FSDP put before a name (`_orig_mod.`, `module.`)
         may be there or not.
-      order: the names of the parameters that PyTorch's optimizer was given, in its order, by which its state
-        counts them: ``[name for name, _ in model.named_parameters()]``, or group after group. Not needed
-        where the state has the names itself (an optimizer that was built from ``named_parameters()``, or
-        the forms by names).
+      order: the names of the parameters in the optimizer's order, by which its state counts them: group after
+        group, not as ``named_parameters()``. With ``names = {p: n for n, p in model.named_parameters()}``
+        it is ``[[names[p] for p in group["params"]] for group in optimizer.param_groups]``, a list for each
+        group, whose sizes are checked, or one for all; for one group ``list(names.values())`` will do. Not
+        needed where the state has the names itself (an optimizer that was built from ``named_parameters()``,
+        or the forms by names); an `order` that they contradict is refused.
       learning_rate: the one that PyTorch's next step would take; by default ``param_groups``'. Only used
         where one of the two momentum buffers has it in and the other has not.
       lr_in_momentum: whether the learning rate is in the buffer of the target optimizer, the argument
         of :func:`rmsprop_jax.rmsprop`; by default as in PyTorch's, where only timm's has it in.
       count: number of updates so far, where the state does not say; by default its largest `step`.
       strict: False leaves parameters that have no state there (a new head, a frozen layer, one that was never
-        stepped) or no name in `names` as they are in `state`.
+        stepped) or no name in `names` as they are in `state`. So does the count of a part of
+        :func:`optax.partition` in which there are no others; elsewhere the count that is carried over holds
+        for them too, to which `bias_correction` and schedules go by.
       report: called with the :class:`Report` of what was carried over; by default it is logged, to
-        ``logging.getLogger("rmsprop_jax.interop")``, where `strict` is False.
+        ``logging.getLogger("rmsprop_jax.interop")``, where `strict` is False or `order` alone says in which
+        of several groups arrays of one shape are.
 
     Returns:
       A state as `state`. Its `nu` is a variance where it is centred, at least 0.
 
     Raises:
-      ValueError: listing every name that is missing, with the nearest ones, and every shape that does not
-        fit; for what is no state of RMSProp's, saying what it is; for a file that cannot be read.
+      ValueError: listing every name that is missing, with the nearest ones, every shape that does not fit and
+        every second moment below 0 or NaN; for two leaves of one path; for what is no state of RMSProp's,
+        saying what it is; for a file that cannot be read.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -73,11 +78,20 @@ def from_torch(
       >>> state = interop.from_torch(theirs, state, params, names, order=["fc.weight"])
       >>> print(optax.tree.get(state, "count"), optax.tree.get(state, "nu")["kernel"].T)
       7 [[1. 2. 3.]]
+
+      Two groups, the head's first:
+
+      >>> theirs["state"][1] = {"step": np.array(7.0), "square_avg": np.array([4.0])}
+      >>> theirs["param_groups"] = [{"lr": 0.1, "params": [0]}, {"lr": 0.01, "params": [1]}]
+      >>> params = {"head": jnp.zeros((1, 3)), "scale": jnp.zeros(1)}
+      >>> state = conventions.torch(lr=0.01).init(params)
+      >>> names, order = {"scale": "scale", "head.weight": "head"}, [["head.weight"], ["scale"]]
+      >>> state = interop.from_torch(theirs, state, params, names, order=order)
+      >>> print(optax.tree.get(state, "nu"))
+      {'head': Array([[1., 2., 3.]], dtype=float32), 'scale': Array([4.], dtype=float32)}
     """
-    entries = entries_of(load(optimizer_state), order)
-    theirs = _theirs(entries, learning_rate, lr_in_momentum)
-    count = count_for(state, count, stepped(entries))
-    return carried(state, params, names, theirs, count, strict, report)
+    source = TorchSource(load(optimizer_state), order, learning_rate, lr_in_momentum)
+    return carry(state, params, names, source, count=count, strict=strict, report=report)
 
 
 def to_torch(
@@ -86,7 +100,7 @@ def to_torch(
     params: Tree,
     names: Names,
     *,
-    order: Sequence[str] | None = None,
+    order: Order | None = None,
     learning_rate: float | None = None,
     lr_in_momentum: bool | None = None,
     strict: bool = True,
@@ -98,9 +112,7 @@ def to_torch(
       optimizer_state: ``optimizer.state_dict()`` of the target optimizer, which may be new, with any groups;
         or that of `torch.distributed.checkpoint` by names.
       params: the parameters.
-      names: as for :func:`from_torch`.
-      order: as for :func:`from_torch`.
-      learning_rate: as for :func:`from_torch`, of the next step.
+      names, order, learning_rate: as for :func:`from_torch`.
       lr_in_momentum: whether the learning rate is in the buffer in `state`.
       strict: False leaves out what has no name in `names`, or no parameter there, which keep their state.
 
@@ -116,33 +128,46 @@ def to_torch(
 
     if "param_groups" not in optimizer_state:
         raise ValueError("Invalid optimizer_state: it has no param_groups, expected optimizer.state_dict().")
-    entries = entries_of(optimizer_state, order)
-    theirs = _theirs(entries, learning_rate, lr_in_momentum)
-    arrays, count = named(state, params, names, theirs, strict)
-    new: dict[Any, dict[str, Any]] = {}
-    for (what, name), array in arrays.items():
-        entry = entries[name]
-        if what == "b":
-            array = array / theirs.factor(name)
+    source = TorchSource(optimizer_state, order, learning_rate, lr_in_momentum)
+    arrays, count = outward(state, params, names, source, strict)
+    new = {}
+    for name, moments in arrays.items():
+        entry = source.names[name]
         step = count if isinstance(entry.state.get("step"), int) else torch.tensor(float(count))
-        own = new.setdefault(entry.key, {"step": step})
-        own[_LABELS[what]] = torch.from_numpy(np.array(array))
+        found = zip(source.labels, moments, strict=True)
+        tensors = {label: torch.from_numpy(np.array(x)) for label, x in found if x is not None}
+        new[entry.key] = {"step": step, **tensors}
     return {**optimizer_state, "state": {**optimizer_state["state"], **new}}
 
 
-def _theirs(entries: Mapping[str, Entry], learning_rate: Any, lr_in_momentum: bool | None) -> Theirs:
-    """What is in a checkpoint, its momentum buffers as ours."""
+class TorchSource(Source):
+    """An optimizer's state in any of the forms of `_checkpoints`."""
 
-    def lookup(name, what):
-        return entries[name].state.get(_LABELS[what])
+    labels = Moments("square_avg", "grad_avg", "momentum_buffer")
 
-    def factor(name):
-        return _buffer(entries[name], learning_rate, lr_in_momentum)
+    def __init__(
+        self,
+        checkpoint: Any,
+        order: Order | None = None,
+        learning_rate: float | None = None,
+        lr_in_momentum: bool | None = None,
+    ) -> None:
+        self.names = entries_of(checkpoint, order)
+        self.find = finder(self.names)
+        self.groups = groups_in_doubt(self.names, order)
+        self._learning_rate, self._lr_in_momentum = learning_rate, lr_in_momentum
 
-    return Theirs(entries, _LABELS, lookup, finder(entries), factor)
+    @property
+    def count(self) -> int | None:
+        return stepped(self.names)
 
+    def arrays(self, name: str) -> Moments:
+        return Moments(*map(self.names[name].state.get, self.labels))
 
-def _buffer(entry, learning_rate, ours_has_it):
-    theirs_has_it = bool(entry.group.get("lr_in_momentum", False))
-    learning_rate = entry.group.get("lr") if learning_rate is None else learning_rate
-    return buffer_factor(theirs_has_it, theirs_has_it if ours_has_it is None else ours_has_it, learning_rate)
+    def factor(self, name: str) -> float:
+        group = self.names[name].group
+        theirs = bool(group.get("lr_in_momentum", False))
+        ours = theirs if self._lr_in_momentum is None else self._lr_in_momentum
+        return buffer_factor(
+            theirs, ours, group.get("lr") if self._learning_rate is None else self._learning_rate
+        )

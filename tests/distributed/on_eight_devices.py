@@ -58,11 +58,10 @@ def updated(tx, dtype, place=lambda tree: tree, zero=None):
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [
-        ("plain", jnp.float32),
-        ("uint8", jnp.bfloat16),
-        *(pytest.param(form, jnp.float32, marks=pytest.mark.slow) for form in FORMS if form != "plain"),
-    ],
+    quick(
+        [("uint8", jnp.bfloat16), *((form, jnp.float32) for form in FORMS)],
+        [("plain", jnp.float32), ("uint8", jnp.bfloat16)],
+    ),
 )
 def test_same_numbers_on_every_mesh(form, dtype):
     """Bit for bit: the rule is elementwise, and rounding goes by an element's place in the whole array."""
@@ -154,27 +153,20 @@ def trained(tx, mesh=None, spec=None, zero=False, steps=20):
     return params, state, losses, step
 
 
-MESHES = [
-    (8, "replicated", True),
-    (4, "both", False),
+FIRST = [(8, "replicated", True), (4, "both", False)]
+MORE = [
     (1, "replicated", False),
     (2, "replicated", True),
     (4, "fully sharded", False),
     (8, "tensor-parallel", False),
 ]
+ON = {"float32": ("float32", FIRST), "uint8": ("uint8", FIRST), "more": ("float32", MORE)}
 
 
-@pytest.mark.parametrize(
-    ("accumulator", "meshes"),
-    [
-        ("float32", MESHES[:2]),
-        ("uint8", MESHES[:2]),
-        pytest.param("float32", MESHES[2:], marks=pytest.mark.slow),
-    ],
-    ids=["float32", "uint8", "float32 on more"],
-)
-def test_a_training_run_is_the_same_on_every_mesh(accumulator, meshes):
+@pytest.mark.parametrize("name", quick(ON, ["float32", "uint8"]))
+def test_a_training_run_is_the_same_on_every_mesh(name):
     """To the rounding of the model's sums, which a mesh cuts up: 1e-6 of a gradient, in 20 steps of 0.01."""
+    accumulator, meshes = ON[name]
     tx = rmsprop(warmup(0.01), 0.99, accumulator=accumulator)
     params, _, losses, _ = trained(tx)
     assert losses[-1] < losses[0] / 10
@@ -189,12 +181,7 @@ def test_a_training_run_is_the_same_on_every_mesh(accumulator, meshes):
 
 
 @pytest.mark.parametrize(
-    "form",
-    [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "adam")),
-        "centered_momentum",
-        "uint8",
-    ],
+    "form", quick(["plain", "centered_momentum", "uint8", "adam"], ["centered_momentum", "uint8"])
 )
 def test_zero_keeps_an_eighth_on_each_device(form):
     """And the compiled step gathers the new parameters, and nothing else."""

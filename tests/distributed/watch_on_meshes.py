@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from meshes import LAYOUTS, mesh_of, placed
 
-from rmsprop_jax import diagnostics, rmsprop
+from rmsprop_jax import Settings, diagnostics, rmsprop
 
 FORMS = {
     "plain": {"momentum": 0.9},
@@ -32,7 +32,8 @@ REPLICATED = {"kernel": EVERYWHERE, "bias": EVERYWHERE}
 
 
 def watch(form, capacity=4):
-    return diagnostics.watch(TX[form], every=2, capacity=capacity, decay=0.99)
+    settings = Settings(0.99) if form == "optax" else None
+    return diagnostics.watch(TX[form], every=2, capacity=capacity, settings=settings)
 
 
 def step(tx, params, state, grads):

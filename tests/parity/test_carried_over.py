@@ -75,6 +75,7 @@ TORCH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize(("convention", "optimizer"), TORCH, ids=lambda x: x.__name__)
@@ -93,6 +94,7 @@ def test_from_torch(convention, optimizer, settings, dtype, rtol):
     assert optax.tree.get(state, "nu")["fc"]["kernel"].dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize(("convention", "optimizer"), TORCH, ids=lambda x: x.__name__)
@@ -147,6 +149,7 @@ def test_parameters_are_named_by_pytorch_itself_where_it_knows_them():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_keras_there_and_back(settings):

@@ -11,6 +11,8 @@ from installed import package
 
 from rmsprop_jax import interop
 
+pytestmark = pytest.mark.slow
+
 # Each writer takes the model, the optimizer and a folder, and returns what is read, and `order`.
 
 STATE_DICT = "torch.distributed.checkpoint.state_dict"

@@ -12,6 +12,8 @@ from installed import package
 
 from rmsprop_jax import conventions, interop
 
+pytestmark = pytest.mark.slow
+
 GROUPS = {  # of the two layers
     "alike": ({}, {}),
     "learning rates": ({"lr": 1.0}, {"lr": 0.25}),

@@ -8,13 +8,16 @@ import pytest
 from helpers import step_of
 from installed import package
 
-from rmsprop_jax import interop
+from rmsprop_jax import conventions, interop
 
 # Keras' variables, as NumPy reads them.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
-    "ignore:You are saving your model as an HDF5 file",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+        "ignore:You are saving your model as an HDF5 file",
+    ),
+]
 LRS = 2.0**-7 * (0.55 + 0.45 * np.cos(0.3 * np.arange(200)))
 NAMES = {
     "net/fc/kernel": "fc/kernel",
@@ -178,7 +181,8 @@ def test_a_frozen_layer_keeps_what_init_made(tmp_path):
         interop.resume_keras(source, params, NAMES, order=order)
     reports = []
     _, state = interop.resume_keras(source, params, NAMES, order=order, strict=False, report=reports.append)
-    assert reports == [interop.Report(("head/kernel", "head/bias"), ("fc/bias", "fc/kernel"), ())]
+    kept = "fc/bias", "fc/kernel"
+    assert reports == [interop.Report(("head/kernel", "head/bias"), kept, (), kept, 3)]
     assert not optax.tree.get(state, "nu")["fc"]["kernel"].any()
     assert optax.tree.get(state, "nu")["head"]["kernel"].any()
 
@@ -214,3 +218,48 @@ def test_what_the_configuration_says_is_taken_or_named(tmp_path):
     own = {v.path: np.array(v.value) for v in model.optimizer.variables}
     with pytest.raises(ValueError, match="they are those of 'adam', expected"):
         interop.from_keras(own, state, empty("float32"), NAMES)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.75}, {"momentum": 0.75, "centered": True}], ids=str)
+def test_a_checkpoint_of_tensorflow_1(settings, tmp_path):
+    # TensorFlow's constants go through float32, as which these are exact.
+    settings = {"learning_rate": 2**-7, "decay": 0.875, "epsilon": 2.0**-30, **settings}
+    tf = package("tensorflow")
+    v1, start = tf.compat.v1, np.random.default_rng(0).normal(size=(3, 2))
+
+    with tf.Graph().as_default(), v1.Session() as session:
+        w = v1.get_variable("net/fc/kernel", initializer=start, use_resource=True)
+        g = v1.placeholder(w.dtype, w.shape)
+        count = v1.train.get_or_create_global_step()
+        optimizer = v1.train.RMSPropOptimizer(**settings)
+        step = optimizer.apply_gradients([(g, w)], global_step=count)
+        session.run(v1.global_variables_initializer())
+
+        def steps(first, number):
+            path = []
+            for t in range(first, first + number):
+                gradient = grads_at(t, {"w": session.run(w)})["w"]
+                session.run(step, {g: gradient})
+                path.append({"w": session.run(w)})
+            return path
+
+        steps(0, 50)
+        file = v1.train.Saver().save(session, str(tmp_path / "model.ckpt"))
+        params = {"w": jnp.zeros((3, 2))}
+        with pytest.raises(ValueError, match=r"is a TensorFlow checkpoint"):
+            interop.params_from(file, params, {})
+        reader = tf.train.load_checkpoint(file)
+        variables = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+        expected = steps(50, 50)
+
+    names = {"net/fc/kernel": "w"}
+    params = interop.params_from(variables, params, names)
+    tx = conventions.tensorflow(**settings)
+    state = interop.from_keras(variables, tx.init(params), params, names)
+    assert optax.tree.get(state, "count") == 50
+    update, path = jax.jit(step_of(tx)), []
+    for t in range(50, 100):
+        params, state = update(params, state, grads_at(t, {"w": np.asarray(params["w"])}))
+        path.append({"w": np.asarray(params["w"])})
+    assert_same(path, expected, 1e-12)
