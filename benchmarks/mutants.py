@@ -12,6 +12,7 @@ that was not, with the reason why it changes nothing or, where nobody has found 
 import argparse
 import ast
 import collections
+import contextlib
 import difflib
 import itertools
 import json
@@ -81,12 +82,16 @@ def mutants(name, seed):
     for change in rng.sample(changes, len(changes)):
         operator = get_operator(change.operator_name)(**change.operator_args)
         changed = mutate_code(source, operator, change.occurrence)
-        lines = [*difflib.unified_diff(source.splitlines(), changed.splitlines(), n=0)][3:]
-        before, after = (
-            "\n".join(x[1:].strip() for x in lines if x[0] == sign and x[1:].strip()) for sign in "-+"
-        )
-        where = change.definition_name or "the module"
-        yield {"file": name, "where": where, "before": before, "after": after}, changed
+        with contextlib.suppress(SyntaxError):  # the ** of a call is no power
+            compile(changed, path, "exec")
+            yield _described(change, name, source, changed), changed
+
+
+def _described(change, name, source, changed):
+    lines = [*difflib.unified_diff(source.splitlines(), changed.splitlines(), n=0)][3:]
+    lines = [line for line in lines if line[1:].strip()]
+    before, after = ("\n".join(line[1:].strip() for line in lines if line[0] == sign) for sign in "-+")
+    return {"file": name, "where": change.definition_name or "the module", "before": before, "after": after}
 
 
 # What replaces an operator is one of its kind: others raise TypeError, which every test would notice.
