@@ -1,5 +1,7 @@
 """Whatever works with `optax.rmsprop` works here: each call form on both, with the same result."""
 
+import inspect
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import optax
 import pytest
 from helpers import assert_trees_close, unkeyed
 
-from rmsprop_jax import apply_updates, rmsprop
+from rmsprop_jax import Settings, apply_updates, rmsprop, scale_by_rms
 
 P = {"w": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "b": jnp.array([0.5, -0.5])}
 
@@ -70,6 +72,14 @@ def test_a_call_of_optax_is_one_here(call):
         theirs, ours = (steps(CALLS[call](make)) for make in (optax.rmsprop, rmsprop))
     # A few steps of float32, in which each rounds in its own order.
     assert_trees_close(ours, theirs, rtol=1e-5)
+
+
+def test_the_defaults_are_those_of_optax():
+    assert scale_by_rms().settings == rmsprop(0.1).settings == Settings(0.9)
+    ours, theirs = (inspect.signature(f).parameters for f in (rmsprop, optax.rmsprop))
+    same = [name for name in theirs if name in ours]
+    assert len(same) == 9
+    assert [ours[name].default for name in same] == [theirs[name].default for name in same]
 
 
 def test_defaults_that_switch_off_stay_off_when_they_arrive_as_arrays():

@@ -1,7 +1,5 @@
 """The chain: momentum, learning rate, weight decay, and the dtypes between them."""
 
-import inspect
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ import optax
 import pytest
 from helpers import scanned, step_of
 
-from rmsprop_jax import Settings, rmsprop, scale_by_rms
+from rmsprop_jax import rmsprop, scale_by_rms
 
 # A learning rate that changes every step, so that its place in the chain shows.
 CHANGING = optax.exponential_decay(0.1, transition_steps=1, decay_rate=0.7)
@@ -270,14 +268,6 @@ def test_a_mask_that_came_as_a_number_is_refused(injected):
     """As `optax.inject_hyperparams` passes on what it took for a number or a schedule."""
     with pytest.raises(ValueError, match=r"Invalid mask: .*static_args='mask'"):
         rmsprop(0.1, weight_decay=0.1, **injected)
-
-
-def test_the_defaults_are_those_of_optax():
-    assert scale_by_rms().settings == rmsprop(0.1).settings == Settings(0.9)
-    ours, theirs = (inspect.signature(f).parameters for f in (rmsprop, optax.rmsprop))
-    same = [name for name in theirs if name in ours]
-    assert len(same) == 9
-    assert [ours[name].default for name in same] == [theirs[name].default for name in same]
 
 
 def test_a_rounded_momentum_is_refused():
