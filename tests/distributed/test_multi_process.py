@@ -65,6 +65,7 @@ def copy_of(undisturbed, tmp_path):
     return shutil.copytree(undisturbed[0], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_it_learns_draws_and_prints(undisturbed):
     out, output = undisturbed
     _, history = saved(out, STEPS)
