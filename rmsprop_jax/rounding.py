@@ -38,8 +38,8 @@ def thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, count: jax.ty
       count: the step, an integer, may be traced.
     """
     salt, index = mixed(jnp.asarray(leaf).astype(jnp.uint32)), _scattered(shape)
-    # A quadratic function for each leaf, one to one. Two linear ones may differ by a constant, or hardly more,
-    # and then the errors of the two leaves would be correlated.
+    # A quadratic function for each leaf, one to one. Two linear ones may differ by little more than a
+    # constant, and then the errors of the two leaves would be correlated.
     hashed = index * ((mixed(salt) | np.uint32(1)) + index * (salt << np.uint32(1)))
     return hashed + (salt + jnp.asarray(count).astype(jnp.uint32) * _TURN)
 
