@@ -22,7 +22,6 @@ NAMES = (
     "tasks",
     "trace",
     "train",
-    "uint4",
 )
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks._frame import example
 from benchmarks.quality import digits_task, normal, text_task, words_task
-from examples import _cartpole as cartpole
 
 
 class Task(NamedTuple):
@@ -84,6 +84,7 @@ def diabetes_task():
 
 def cartpole_task(carts=8, rollout=16, gamma=0.99, width=32, value_weight=0.5, entropy_weight=0.01):
     """An actor-critic (A2C). Measured: the mean return of 8 new episodes, at most 500, actions drawn."""
+    cartpole = example("actor_critic")
 
     def start(key):
         keys = jax.random.split(key, 5)
@@ -93,7 +94,7 @@ def cartpole_task(carts=8, rollout=16, gamma=0.99, width=32, value_weight=0.5, e
             "actor": normal(keys[1], width, 2) / 10,
             "critic": normal(keys[2], width) / 10,
         }
-        return params, (jax.vmap(cartpole.reset)(jax.random.split(keys[3], carts)), keys[4])
+        return params, (jax.vmap(cartpole.new_cart)(jax.random.split(keys[3], carts)), keys[4])
 
     def network(params, observation):
         actor, critic = jnp.split(jnp.tanh(observation @ params["hidden"] + params["bias"]), 2, -1)
@@ -102,7 +103,7 @@ def cartpole_task(carts=8, rollout=16, gamma=0.99, width=32, value_weight=0.5, e
     def act(params, carts, key):
         log_policy, _ = network(params, carts.observation)
         action = jax.random.categorical(key, log_policy)
-        after, outcome = jax.vmap(cartpole.step)(carts, action)
+        after, outcome = jax.vmap(cartpole.push)(carts, action)
         return after, (carts.observation, action, outcome)
 
     def loss(params, observation, action, target):
@@ -133,7 +134,7 @@ def cartpole_task(carts=8, rollout=16, gamma=0.99, width=32, value_weight=0.5, e
 
     def measure(params, world):
         key_start, key = jax.random.split(world[1])
-        carts = jax.vmap(cartpole.reset)(jax.random.split(key_start, 8))
+        carts = jax.vmap(cartpole.new_cart)(jax.random.split(key_start, 8))
 
         def play(carry, key):
             carts, up = carry

@@ -4,7 +4,7 @@ Trains the agent of examples/dqn_minatar.py with PyTorch's centred RMSProp, whic
 games; on breakout also with what one may take for it: eps under the root (`conventions.dqn`, which is
 `optax.rmsprop(centered=True)`), without centring, and Adam at its default rate. PyTorch's own run, on MinAtar
 itself, stands beside. Each run is a process with one thread, two of them at a time; together they take some
-eight hours on two cores. Ctrl-C loses nothing: the same command goes on, and keeps what there is.
+eight hours on two cores. After Ctrl-C the same command goes on from what was saved.
 
     python -m benchmarks minatar                all that is not finished, then the table and a picture
     python -m benchmarks minatar --collect      the table and the picture of what there is

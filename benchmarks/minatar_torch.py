@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks._frame import example
 
-dqn = example("_dqn")
+dqn = example("dqn_minatar")
 
 
 def network(channels: int, actions: int) -> nn.Module:
@@ -96,7 +96,7 @@ def train(name: str, frames: int, seed: int) -> list[tuple[int, float]]:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--game", choices=dqn.GAMES, default="breakout")
+    parser.add_argument("--game", choices=dqn.PUBLISHED, default="breakout")
     parser.add_argument("--frames", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

@@ -5,23 +5,24 @@ documentation: each word's vector learns to tell the words around it from words 
 up a few thousand rows of two `nnx.Embed`; the gradients are clipped by their global norm, `rows.exact`
 updates those rows and no others, and `rmsprop` the rest:
 
-    python examples/embeddings.py
+    python embeddings.py
 
 prints the nearest neighbours of a few words, how far this is from the same training with dense gradients, and
-what a step of either takes as the vocabulary grows. Two minutes on two cores; a report and a picture in
-runs/embeddings.
+the time of a step of either as the vocabulary grows. Two minutes on two cores, and a picture.
 """
 
+import argparse
 import re
 import time
 from functools import partial
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
-from _options import parser_for
 from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import trange
@@ -31,31 +32,6 @@ from rmsprop_jax import apply_updates, rmsprop, rows
 WIDTH, BATCH, NEGATIVES, WINDOW = 64, 1024, 5, 5
 CLIP = 0.1  # of the gradients' global norm
 WORDS = ("integer", "list", "exception", "loop", "import", "true", "method", "string")
-
-
-def read_text(min_count=5):
-    """The vocabulary, most frequent first, and the text as an array of indices into it."""
-    text = re.findall("[a-z]{2,}", " ".join(topics.values()).lower())
-    words, inverse, counts = np.unique(text, return_inverse=True, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    tokens = rank[inverse]
-    known = int((counts >= min_count).sum())
-    return words[order[:known]], tokens[tokens < known].astype(np.int32)
-
-
-def batches(tokens, num_words, rng):
-    """Endless ids: words, one that is near each of them in the text, and some that are drawn at random."""
-    frequency = np.bincount(tokens, minlength=num_words) / len(tokens)
-    # Frequent words are skipped now and then, and drawn less often than they occur, as in the paper.
-    kept = tokens[rng.random(len(tokens)) < np.sqrt(1e-3 / frequency[tokens])]
-    noise = np.cumsum(frequency**0.75)
-    while True:
-        place = rng.integers(WINDOW, len(kept) - WINDOW, BATCH)
-        distance = rng.integers(1, WINDOW + 1, BATCH) * rng.choice([-1, 1], BATCH)
-        far = np.searchsorted(noise, rng.random((BATCH, NEGATIVES)) * noise[-1]).astype(np.int32)
-        yield {"word": kept[place], "context": np.column_stack([kept[place + distance], far])}
 
 
 class SkipGram(nnx.Module):
@@ -115,6 +91,31 @@ def dense_step(graphdef, learning_rate):
     return tx, step
 
 
+def read_text(min_count=5):
+    """The vocabulary, most frequent first, and the text as an array of indices into it."""
+    text = re.findall("[a-z]{2,}", " ".join(topics.values()).lower())
+    words, inverse, counts = np.unique(text, return_inverse=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    tokens = rank[inverse]
+    known = int((counts >= min_count).sum())
+    return words[order[:known]], tokens[tokens < known].astype(np.int32)
+
+
+def batches(tokens, num_words, rng):
+    """Endless ids: words, one that is near each of them in the text, and some that are drawn at random."""
+    frequency = np.bincount(tokens, minlength=num_words) / len(tokens)
+    # Frequent words are skipped now and then, and drawn less often than they occur, as in the paper.
+    kept = tokens[rng.random(len(tokens)) < np.sqrt(1e-3 / frequency[tokens])]
+    noise = np.cumsum(frequency**0.75)
+    while True:
+        place = rng.integers(WINDOW, len(kept) - WINDOW, BATCH)
+        distance = rng.integers(1, WINDOW + 1, BATCH) * rng.choice([-1, 1], BATCH)
+        far = np.searchsorted(noise, rng.random((BATCH, NEGATIVES)) * noise[-1]).astype(np.int32)
+        yield {"word": kept[place], "context": np.column_stack([kept[place + distance], far])}
+
+
 def train(tokens, num_words, steps, make_step=sparse_step, desc="training"):
     graphdef, both = split_model(num_words)
     tx, step = make_step(graphdef, optax.linear_schedule(0.02, 0.0, steps))
@@ -165,45 +166,46 @@ def step_times(vocabularies, turns=9):
     return times
 
 
-def draw(times, losses, path):
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=6000, help="training steps")
+    parser.add_argument("--vocabulary", type=int, nargs="*", default=[10**4, 10**5, 10**6], help="to time")
+    parser.add_argument("--out", type=Path, default=Path("runs/embeddings.png"), help="the picture")
+    args = parser.parse_args()
+
+    words, tokens = read_text()
+    print(f"{len(tokens):,} words of text, {len(words):,} of them different")
+    vectors, losses = train(tokens, len(words), args.steps)
+    difference = difference_of_twins(tokens, len(words), min(args.steps, 200))
+    times = step_times(args.vocabulary)
+    print("\nNearest neighbours", *neighbours(words, vectors), sep="\n")
+    print(
+        f"\nThe loss of the first step {losses[0]:.4f}, and at last {losses[-len(losses) // 5 :].mean():.4f}"
+    )
+    print(f"From the dense twin: {difference:.1e}")
+    print(f"\n{'words':>10} {'rows ms':>9} {'dense ms':>9} {'ratio':>7}")
+    for n, (sparse, dense) in times.items():
+        print(f"{n:10,} {sparse:9.2f} {dense:9.2f} {dense / sparse:7.1f}")
+    draw(args.out, times, losses)
+    print(f"\nThe picture is {args.out}")
+
+
+@matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+def draw(path, times, losses):
     figure = Figure(figsize=(10, 4), layout="constrained")
     cost, curve = figure.subplots(1, 2)
     for side, (name, mark) in enumerate({"exact rows": "o-", "dense update": "s--"}.items()):
         cost.loglog(list(times), [pair[side] for pair in times.values()], mark, label=name)
     cost.set(xlabel="words in the vocabulary", ylabel="milliseconds", title="Time per training step")
-    cost.legend(frameon=False)
+    cost.legend()
     width = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.ones(width) / width, "valid")
     curve.plot(np.arange(len(smooth)) + width, smooth)
     curve.set(xlabel="step", ylabel="loss", title=f"Skip-gram loss, mean of {width} steps")
     for axes in (cost, curve):
-        axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-
-
-def main(argv=None):
-    parser = parser_for(__doc__, "embeddings", help="folder for what is made")
-    parser.add_argument("--steps", type=int, default=6000, help="training steps")
-    parser.add_argument("--vocabulary", type=float, nargs="*", default=[1e4, 1e5, 1e6], help="sizes to time")
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    words, tokens = read_text()
-    print(f"{len(tokens):,} words of text, {len(words):,} of them different")
-    vectors, losses = train(tokens, len(words), args.steps)
-    nearest = "\n".join(neighbours(words, vectors))
-    twins = difference_of_twins(tokens, len(words), min(args.steps, 200))
-    times = step_times([int(n) for n in args.vocabulary])
-    table = [f"{'words':>10} {'rows ms':>9} {'dense ms':>9} {'ratio':>7}"]
-    table += [f"{n:10,} {a:9.2f} {b:9.2f} {b / a:7.1f}" for n, (a, b) in times.items()]
-    report = "\n".join(
-        ["Nearest neighbours", nearest, "", f"From the dense twin: {twins:.1e}", "", "Time per step", *table]
-    )
-    print(f"\n{report}")
-    (args.out / "report.txt").write_text(report + "\n")
-    draw(times, losses, args.out / "embeddings.png")
-    print(f"\nThe picture is {args.out / 'embeddings.png'}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Two parameters: the gradients of A are large and change sign, those of B are small and steady. RMSProp gives
 both steps of the same size, and A's steps cancel while B's add up:
 
-    python examples/noisy_gradients.py
+    python noisy_gradients.py
 
 prints the first steps of this textbook case and draws three pictures in one file:
 
@@ -12,16 +12,18 @@ prints the first steps of this textbook case and draws three pictures in one fil
 - the step that follows from it, relative to the learning rate;
 - RMSProp, momentum and SGD in a narrow valley, where one direction is a hundred times as steep. RMSProp goes
   straight down it. With a constant learning rate it does not settle at the bottom: where gradients vanish,
-  what they are divided by vanishes too. Schedules that fall, as in char_rnn.py, are for this.
+  their root mean square vanishes too. Schedules that fall, as in char_rnn.py, are for this.
 """
 
+import argparse
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
-from _options import parser_for
 from matplotlib.figure import Figure
 
 from rmsprop_jax import rmsprop, scale_by_rms
@@ -55,22 +57,15 @@ def textbook_table():
     print(f"sum {'    '.join(totals)}".rstrip())
 
 
-def accumulators(gradients):
-    """Root of the accumulator and step / learning rate, each [time], for every decay."""
-    curves = {}
-    for decay in DECAYS:
-        tx = scale_by_rms(decay, bias_correction=True)
+def followed(gradients, decay):
+    """Root of the accumulator and step / learning rate, each [time], for gradients [time]."""
+    tx = scale_by_rms(decay, bias_correction=True)
 
-        def update(state, gradient, tx=tx):
-            step, state = tx.update(gradient, state)
-            return state, step
+    def update(state, gradient):
+        step, state = tx.update(gradient, state)
+        return state, (jnp.sqrt(state.nu / (1 - decay**state.count)), step)
 
-        def accumulate(state, gradient, decay=decay, update=update):
-            state, step = update(state, gradient)
-            return state, (jnp.sqrt(state.nu / (1 - decay**state.count)), step)
-
-        _, curves[decay] = jax.lax.scan(accumulate, tx.init(gradients[0]), gradients)
-    return curves
+    return jax.lax.scan(update, tx.init(gradients[0]), gradients)[1]
 
 
 def height(x, y):
@@ -102,17 +97,19 @@ def best_descent(make):
     return float(rates[best]), np.asarray(paths[best])
 
 
+@matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 def draw(path):
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     scales, steps, valley = figure.subplots(1, 3)
 
     scale = np.where((np.arange(3000) >= 1000) & (np.arange(3000) < 1500), 10.0, 1.0)
-    gradients = np.random.default_rng(0).normal(size=3000) * scale
+    gradients = jnp.asarray(np.random.default_rng(0).normal(size=3000) * scale)
     scales.plot(scale, color="0.2", lw=1, ls="--", label="true scale")
-    for decay, (root, step) in accumulators(jnp.asarray(gradients)).items():
-        scales.plot(root, color=DECAYS[decay], lw=1, label=f"decay {decay}")
+    for decay, color in DECAYS.items():
+        root, step = followed(gradients, decay)
+        scales.plot(root, color=color, lw=1, label=f"decay {decay}")
         mean = np.sqrt(np.convolve(np.square(step), np.ones(50) / 50, "same"))
-        steps.plot(mean, color=DECAYS[decay], lw=1, label=f"decay {decay}")
+        steps.plot(mean, color=color, lw=1, label=f"decay {decay}")
     scales.set(yscale="log", xlabel="step", ylim=(0.3, 30), title="sqrt(nu): the scale of noisy gradients")
     steps.set(yscale="log", xlabel="step", ylim=(0.05, 12), title="Step / learning rate (RMS of 50)")
 
@@ -127,14 +124,15 @@ def draw(path):
     valley.plot(0, 0, "k*", ms=11)
     valley.set(title="A narrow valley: 60 steps, the dot is the last", xlim=(-4.4, 1.4), ylim=(-1.3, 1.3))
     for axes in (scales, steps, valley):
-        axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
-def main(argv=None):
-    args = parser_for(__doc__, "noisy_gradients.png").parse_args(argv)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/noisy_gradients.png"), help="the picture")
+    args = parser.parse_args()
     textbook_table()
     draw(args.out)
     print(f"\nThe picture is {args.out}")

@@ -4,7 +4,7 @@ A hidden level is to be followed through noisy readings, by gradient steps on (e
 one for each reading. The accumulator estimates how large these gradients are; what `decay` changes is how
 long it remembers. Three worlds, in which each of 0.9, 0.99 and 0.999 has its own best learning rate:
 
-    python examples/nonstationary.py
+    python nonstationary.py
 
 - storms: the level wanders, and for 100 readings in 1,000 the noise is 30 times as large. Long after a storm
   a long memory still divides by it, and stands while the level walks away: a short one wins;
@@ -16,13 +16,14 @@ long it remembers. Three worlds, in which each of 0.9, 0.99 and 0.999 has its ow
 The picture: one of the 64 levels that are followed at once in each world, and the error for every rate.
 """
 
+import argparse
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
-from _options import at_least, parser_for
-from _pictures import save_figure
 from matplotlib.figure import Figure
 
 from rmsprop_jax import scale_by_rms
@@ -30,20 +31,6 @@ from rmsprop_jax import scale_by_rms
 DECAYS = {0.9: "tab:blue", 0.99: "tab:orange", 0.999: "tab:green"}
 RATES = np.geomspace(1e-4, 1, 25)
 LEVELS = 64  # followed at once, each on its own
-
-
-def worlds(steps, rng):
-    """{name: (hidden level, reading)}, each [steps, LEVELS]."""
-    shape = (steps, LEVELS)
-    wandering = np.cumsum(rng.normal(size=shape), axis=0) * 0.03
-    noise = rng.normal(size=shape) * 0.3
-    stormy = np.arange(steps)[:, None] % 1000 >= 900
-    rare = 50.0 * (rng.random(shape) < 1 / 50)
-    return {
-        "storms": (wandering, wandering + noise * np.where(stormy, 30, 1)),
-        "steady": (wandering, wandering + noise),
-        "rare": (np.ones(shape), rare),
-    }
 
 
 @partial(jax.jit, static_argnames="decay")
@@ -61,12 +48,46 @@ def follow(readings, decay):
     return jax.lax.scan(step, (estimate, tx.init(estimate)), readings)[1]
 
 
+def worlds(steps, rng):
+    """{name: (hidden level, reading)}, each [steps, LEVELS]."""
+    shape = (steps, LEVELS)
+    wandering = np.cumsum(rng.normal(size=shape), axis=0) * 0.03
+    noise = rng.normal(size=shape) * 0.3
+    stormy = np.arange(steps)[:, None] % 1000 >= 900
+    rare = 50.0 * (rng.random(shape) < 1 / 50)
+    return {
+        "storms": (wandering, wandering + noise * np.where(stormy, 30, 1)),
+        "steady": (wandering, wandering + noise),
+        "rare": (np.ones(shape), rare),
+    }
+
+
 def errors_of(estimates, level):
     """Root mean square error for every rate, once the first quarter has settled."""
     late = len(level) // 4
     return np.sqrt(np.mean((estimates - level[:, None])[late:] ** 2, axis=(0, 2)))
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=6000, help="readings of each level")
+    parser.add_argument("--out", type=Path, default=Path("runs/nonstationary.png"), help="the picture")
+    args = parser.parse_args()
+
+    results = {}
+    print("error (rms) with the best learning rate of each\n")
+    print(f"{'':8}" + "".join(f"decay {decay:<14}" for decay in DECAYS))
+    for name, (level, reading) in worlds(args.steps, np.random.default_rng(0)).items():
+        runs = {decay: np.asarray(follow(jnp.asarray(reading, jnp.float32), decay)) for decay in DECAYS}
+        runs = {decay: (estimates, errors_of(estimates, level)) for decay, estimates in runs.items()}
+        cells = [f"{errors.min():.3f} ({RATES[errors.argmin()]:.3f})" for _, errors in runs.values()]
+        print(f"{name:8}" + "".join(f"{cell:20}" for cell in cells).rstrip())
+        results[name] = level, reading, runs
+    draw(args.out, results)
+    print(f"\nThe picture is {args.out}")
+
+
+@matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 def draw(path, results):
     figure = Figure(figsize=(13, 6.6), layout="constrained")
     panels = figure.subplots(2, 3).T
@@ -86,27 +107,11 @@ def draw(path, results):
         below.set_yticklabels(["0.1", "0.2", "0.5", "1", "2"])
     panels[0, 0].set(ylabel="one level, with the best rates")
     panels[0, 1].set(ylabel=f"error (rms) of {LEVELS} levels")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    save_figure(figure, path)
-
-
-def main(argv=None):
-    parser = parser_for(__doc__, "nonstationary.png")
-    parser.add_argument("--steps", type=at_least(1000), default=6000, help="readings of each level")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    args = parser.parse_args(argv)
-
-    results = {}
-    print("error (rms) with the best learning rate of each\n")
-    print(f"{'':8}" + "".join(f"decay {decay:<14}" for decay in DECAYS))
-    for name, (level, reading) in worlds(args.steps, np.random.default_rng(args.seed)).items():
-        runs = {decay: np.asarray(follow(jnp.asarray(reading, jnp.float32), decay)) for decay in DECAYS}
-        runs = {decay: (estimates, errors_of(estimates, level)) for decay, estimates in runs.items()}
-        cells = [f"{errors.min():.3f} ({RATES[errors.argmin()]:.3f})" for _, errors in runs.values()]
-        print(f"{name:8}" + "".join(f"{cell:20}" for cell in cells).rstrip())
-        results[name] = level, reading, runs
-    draw(args.out, results)
-    print(f"\nThe picture is {args.out}")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

@@ -6,55 +6,38 @@ and optimizer from the file into Flax NNX; from then on both go on, on the same 
 compared. A third run, for comparison, takes the weights over and starts with new accumulators; a fourth
 carries over the convolution alone, and learns with a new head whether a digit is odd.
 
-    python examples/resume_from_torch.py            (needs PyTorch: make peers)
+    python resume_from_torch.py            (needs PyTorch: pip install 'rmsprop_jax[examples,torch]')
 
-Ends with runs/resume_from_torch/losses.png, and prints the largest difference between the two losses.
+draws the losses and prints the largest difference between them.
 """
 
-import importlib.util
+import argparse
 import math
-import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from _options import parser_for
+import torch
 from flax import nnx
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from rmsprop_jax import interop
 
-SETTINGS = {"alpha": 0.99, "eps": 1e-3, "momentum": 0.9}
 
-# PyTorch's names, the paths in Flax, and the axes: (out, in, height, width) to (height, width, in, out).
-NAMES = {
-    "conv.weight": ("conv/kernel", (2, 3, 1, 0)),
-    "conv.bias": "conv/bias",
-    "linear.weight": ("linear/kernel", (1, 0)),
-    "linear.bias": "linear/bias",
-}
+class TorchNet(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 64, 3, padding=1)
+        self.linear = torch.nn.Linear(64, 10)
 
-
-def torch_net():
-    import torch  # not above: --help is for those, too, who have yet to install it
-
-    class TorchNet(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(1, 64, 3, padding=1)
-            self.linear = torch.nn.Linear(64, 10)
-
-        def forward(self, x):  # (batch, 1, 8, 8)
-            return self.linear(torch.relu(self.conv(x)).amax((2, 3)))
-
-    return TorchNet()
+    def forward(self, x):  # (batch, 1, 8, 8)
+        return self.linear(torch.relu(self.conv(x)).amax((2, 3)))
 
 
 class FlaxNet(nnx.Module):
@@ -66,23 +49,55 @@ class FlaxNet(nnx.Module):
         return self.linear(nnx.relu(self.conv(x)).max((1, 2)))
 
 
-def compare(steps, folder):
-    """Each run's difference from PyTorch's loss, step for step from half time on."""
-    import torch
+# PyTorch's names, the paths in Flax, and the axes: (out, in, height, width) to (height, width, in, out).
+NAMES = {
+    "conv.weight": ("conv/kernel", (2, 3, 1, 0)),
+    "conv.bias": "conv/bias",
+    "linear.weight": ("linear/kernel", (1, 0)),
+    "linear.bias": "linear/bias",
+}
 
-    half = steps // 2
+
+def carried_over(file, classes, names, learning_rate, **options):
+    """The network with the checkpoint's weights, and the optimizer with its settings and its state."""
+    graph, params = nnx.split(FlaxNet(classes, nnx.Rngs(0)))
+    params = interop.params_from(file, params, names, **options)
+    order = list(NAMES)  # of model.parameters()
+    tx, state = interop.resume_torch(file, params, names, order=order, learning_rate=learning_rate, **options)
+    return graph, params, tx, state
+
+
+@partial(jax.jit, static_argnames=("graph", "tx"))
+def jax_step(graph, params, tx, state, x, y):
+    def loss_fn(params):
+        logits = nnx.merge(graph, params)(x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=600, help="in all, half of them before the carry-over")
+    parser.add_argument("--out", type=Path, default=Path("runs/resume_from_torch"), help="folder")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    half = args.steps // 2
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
     rng = np.random.default_rng(0)
-    batches = [rng.choice(len(labels), 128, replace=False) for _ in range(steps)]
+    batches = [rng.choice(len(labels), 128, replace=False) for _ in range(args.steps)]
 
     def learning_rate(count):  # of Python numbers and of JAX's
-        return 1e-3 * (0.55 + 0.45 * jnp.cos(math.pi * count / steps))
+        return 1e-3 * (0.55 + 0.45 * jnp.cos(math.pi * count / args.steps))
 
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the network is small
-    model = torch_net()
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=1.0, **SETTINGS)
+    model = TorchNet()
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=1.0, alpha=0.99, eps=1e-3, momentum=0.9)
 
     def torch_step(t):
         optimizer.param_groups[0]["lr"] = float(learning_rate(t))
@@ -94,91 +109,55 @@ def compare(steps, folder):
         return loss.item()
 
     torch_losses = [torch_step(t) for t in tqdm(range(half), desc="PyTorch", unit="step")]
-
-    file = folder / "checkpoint.pt"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = args.out / "checkpoint.pt"
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    order = [name for name, _ in model.named_parameters()]
 
-    # Carry over: the weights, and the optimizer with its hyper-parameters and its state.
-    graph, params = nnx.split(FlaxNet(10, nnx.Rngs(0)))
-    params = interop.params_from(file, params, NAMES)
-    tx, state = interop.resume_torch(file, params, NAMES, order=order, learning_rate=learning_rate)
-
-    # In part: `names` leaves out the head, which is new. What was carried over is printed.
-    odd_graph, odd_params = nnx.split(FlaxNet(2, nnx.Rngs(0)))
-    part = {"strict": False, "report": print}
-    names = {name: path for name, path in NAMES.items() if name.startswith("conv")}
-    odd_params = interop.params_from(file, odd_params, names, **part)
-    _, odd_state = interop.resume_torch(
-        file, odd_params, names, order=order, learning_rate=learning_rate, **part
-    )
-
-    @partial(jax.jit, static_argnums=0)
-    def jax_step(graph, params, state, x, y):
-        def loss(params):
-            logits = nnx.merge(graph, params)(x)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, value
-
+    graph, params, tx, state = carried_over(file, 10, NAMES, learning_rate)
     fresh = optax.tree.set(tx.init(params), count=jnp.int32(half))  # the schedule goes on where it was
+    # In part: `names` leaves out the head, which is new. `report` prints what was carried over.
+    names = {name: path for name, path in NAMES.items() if name.startswith("conv")}
+    new_head = carried_over(file, 2, names, learning_rate, strict=False, report=print)
     runs = {
-        "carried over": (graph, params, state, labels),
-        "weights only": (graph, params, fresh, labels),
-        "new head: is it odd?": (odd_graph, odd_params, odd_state, labels % 2),
+        "carried over": (graph, params, tx, state),
+        "weights only": (graph, params, tx, fresh),
+        "new head: is it odd?": new_head,
     }
     losses = {name: [] for name in runs}
-    for t in tqdm(range(half, steps), desc="PyTorch and JAX", unit="step"):
+    for t in tqdm(range(half, args.steps), desc="PyTorch and JAX", unit="step"):
         torch_losses.append(torch_step(t))
-        for name, (graph, params, state, targets) in runs.items():
-            x, y = images[batches[t], ..., None], targets[batches[t]]
-            params, state, loss = jax_step(graph, params, state, x, y)
-            runs[name] = graph, params, state, targets
+        x, y = images[batches[t], ..., None], labels[batches[t]]
+        for name, (graph, params, tx, state) in runs.items():
+            params, state, loss = jax_step(graph, params, tx, state, x, y % 2 if "odd" in name else y)
+            runs[name] = graph, params, tx, state
             losses[name].append(float(loss))
 
-    difference = {
-        name: np.abs(np.subtract(losses[name], torch_losses[half:]))
-        for name in ("carried over", "weights only")
-    }
-    picture = folder / "losses.png"
-    draw(torch_losses, losses, difference, picture)
-    print(f"Largest difference from PyTorch's loss over {steps - half} further steps:")
-    for name, path in difference.items():
-        print(f"  {name}: {path.max():.1e}")
-    print(f"Drawn in {picture}")
-    return difference
+    print(f"Largest difference from PyTorch's loss over {args.steps - half} further steps:")
+    difference = {}
+    for name in ("carried over", "weights only"):
+        difference[name] = np.abs(np.subtract(losses[name], torch_losses[half:]))
+        print(f"  {name}: {difference[name].max():.1e}")
+    draw(args.out / "resume_from_torch.png", torch_losses, losses, difference)
+    print(f"The picture is {args.out / 'resume_from_torch.png'}")
 
 
-def draw(torch_losses, losses, difference, path):
-    after = np.arange(len(torch_losses) - len(losses["carried over"]), len(torch_losses))
-    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 6.5), height_ratios=[3, 2])
+@matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+def draw(path, torch_losses, losses, difference):
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 2])
+    colors = {"weights only": "tab:gray", "carried over": "tab:blue", "new head: is it odd?": "tab:green"}
     top.semilogy(torch_losses, color="tab:orange", lw=5, alpha=0.4, label="PyTorch, all the way")
-    for name, color in (("weights only", "tab:gray"), ("carried over", "tab:blue")):
+    for name, color in colors.items():
+        after = np.arange(len(torch_losses) - len(losses[name]), len(torch_losses))
         top.semilogy(after, losses[name], color=color, lw=1, label=f"JAX, {name}")
-        bottom.semilogy(after, np.maximum(difference[name], 1e-9), color=color, lw=1)
-    name = "new head: is it odd?"
-    top.semilogy(after, losses[name], color="tab:green", lw=1, label=f"JAX, {name}")
+        if name in difference:
+            bottom.semilogy(after, np.maximum(difference[name], 1e-9), color=color, lw=1)
     top.set(ylabel="loss of the batch", title="A run of torch.optim.RMSprop, continued by conventions.torch")
     top.legend()
     bottom.set(xlabel="step", ylabel="difference (0 as 1e-9)")
     for axes in (top, bottom):
         axes.axvline(after[0], color="black", lw=0.8, ls="--")
         axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def main(argv=None):
-    parser = parser_for(__doc__, "resume_from_torch", help="where the picture goes", option="--folder")
-    parser.add_argument("--steps", type=int, default=600, help="in all, half of them before the carry-over")
-    args = parser.parse_args(argv)
-    if importlib.util.find_spec("torch") is None:
-        sys.exit("PyTorch is not installed. `make peers` installs it.")
-    return compare(args.steps, args.folder)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

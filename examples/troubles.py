@@ -1,26 +1,28 @@
 """Why does it not train, and what do I change?
 
-Three runs of a small convolutional network on scikit-learn's digits, each broken on purpose:
+`diagnostics.watch` around the optimizer measures every fifth update, and `diagnostics.advise` names what goes
+wrong and says what to try. Three runs of a small convolutional network on scikit-learn's digits, each broken
+on purpose:
 
-    python examples/troubles.py            about a minute on two cores
+    python troubles.py            about a minute on two cores
 
 - a learning rate that is too large for normalised steps: the loss explodes;
 - a first update that is ten times the learning rate, as the accumulator starts from zero: an unstable start;
 - one bad batch, which an accumulator with a long memory does not forget: training stalls.
 
-`diagnostics.watch` measures every fifth update, `diagnostics.advise` names each trouble and says what to try,
-and the run that follows the advice is drawn beside the broken one, with the figure that told.
+The run that follows the advice is drawn beside the broken one, with the figure that shows the trouble.
 """
 
+import argparse
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
-from _options import parser_for
-from _pictures import save_figure
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -28,34 +30,56 @@ from tqdm import tqdm
 from rmsprop_jax import diagnostics, rmsprop, warmup
 
 
-class Setting(NamedTuple):
-    learning_rate: float
-    decay: float
-    warm_up: bool = False
-    bad_batch: int = -1  # the step whose loss is 10,000 times too large
-
-
 class Trouble(NamedTuple):
-    broken: Setting
-    mended: Setting
+    broken: optax.GradientTransformation
+    mended: optax.GradientTransformation
     change: str
-    figure: str  # of the measurements, which tells
+    figure: str  # the measurement that shows it
+    bad_batch: int = -1  # the step whose gradients are 10,000 times too large
 
 
 TROUBLES = {
     "the loss explodes": Trouble(
-        Setting(0.3, 0.9), Setting(0.005, 0.9), "learning rate 0.3 -> 0.005", "update_ratio"
+        rmsprop(0.3), rmsprop(0.005), change="learning rate 0.3 -> 0.005", figure="update_ratio"
     ),
     "unstable start": Trouble(
-        Setting(0.03, 0.99), Setting(0.03, 0.99, warm_up=True), "warmup(0.03, decay=0.99)", "update_ratio"
+        rmsprop(0.03, decay=0.99),
+        rmsprop(warmup(0.03, decay=0.99), decay=0.99),
+        change="warmup(0.03, decay=0.99)",
+        figure="update_ratio",
     ),
     "stale accumulator": Trouble(
-        Setting(2e-4, 0.999, bad_batch=5),
-        Setting(2e-4, 0.9, bad_batch=5),
-        "decay 0.999 -> 0.9",
-        "staleness",
+        rmsprop(2e-4, decay=0.999),
+        rmsprop(2e-4, decay=0.9),
+        change="decay 0.999 -> 0.9",
+        figure="staleness",
+        bad_batch=5,
     ),
 }
+
+
+def run(tx, bad_batch, steps, data, bar, chunk=50):
+    """Losses, and the history of what the optimizer did."""
+    images, labels = data
+    tx = diagnostics.watch(tx, every=5)
+
+    def step(carry, t):
+        params, state = carry
+        batch = jax.random.randint(jax.random.fold_in(jax.random.key(1), t), (64,), 0, len(images))
+        loss, grads = jax.value_and_grad(loss_fn)(params, images[batch], labels[batch])
+        grads = optax.tree.scale(jnp.where(t == bad_batch, 1e4, 1.0), grads)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    part = jax.jit(partial(jax.lax.scan, step), donate_argnums=0)
+    params, losses = network(jax.random.key(0)), []
+    carry = params, tx.init(params)
+    for start in range(0, steps, chunk):
+        carry, some = part(carry, jnp.arange(start, min(start + chunk, steps)))
+        losses.extend(some.tolist())
+        bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
+        bar.update(len(some))
+    return np.array(losses), diagnostics.history(carry[1])
 
 
 def network(key):
@@ -67,7 +91,7 @@ def network(key):
             "bias": jnp.zeros(32), "head": normal(keys[2], 128, 10)}  # fmt: skip
 
 
-def loss_of(params, images, labels):
+def loss_fn(params, images, labels):
     def conv(x, kernel):
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=layout)
@@ -78,38 +102,30 @@ def loss_of(params, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-@partial(jax.jit, static_argnames=("setting", "steps"), donate_argnames=("params", "state"))
-def train(params, state, images, labels, start, setting, steps):
-    def step(carry, t):
-        params, state = carry
-        rows = jax.random.randint(jax.random.fold_in(jax.random.key(1), t), (64,), 0, len(images))
-        factor = jnp.where(t == setting.bad_batch, 1e4, 1.0)
-        loss, grads = jax.value_and_grad(loss_of)(params, images[rows], labels[rows])
-        updates, state = optimizer(setting).update(optax.tree.scale(factor, grads), state, params)
-        return (optax.apply_updates(params, updates), state), loss
-
-    (params, state), losses = jax.lax.scan(step, (params, state), start + jnp.arange(steps))
-    return params, state, losses
-
-
-def optimizer(setting):
-    rate = setting.learning_rate
-    tx = rmsprop(warmup(rate, setting.decay) if setting.warm_up else rate, setting.decay)
-    return diagnostics.watch(tx, every=5)
-
-
-def run(setting, steps, data, bar, chunk=50):
-    """Losses, and the history of what the optimizer did."""
-    params = network(jax.random.key(0))
-    state, losses = optimizer(setting).init(params), []
-    for start in range(0, steps, chunk):
-        params, state, some = train(params, state, *data, start, setting, min(chunk, steps - start))
-        losses.extend(some.tolist())
-        bar.set_postfix(loss=f"{losses[-1]:.3g}", refresh=False)
-        bar.update(len(some))
-    return np.array(losses), diagnostics.history(state)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=600, help="of each run")
+    parser.add_argument("--out", type=Path, default=Path("runs/troubles.png"), help="the picture")
+    args = parser.parse_args()
+    images, labels = load_digits(return_X_y=True)
+    data = jnp.asarray(images.reshape(-1, 8, 8, 1) / 8 - 1, jnp.float32), jnp.asarray(labels)
+    runs = {}
+    with tqdm(total=2 * len(TROUBLES) * args.steps, unit="step", dynamic_ncols=True) as bar:
+        for name, trouble in TROUBLES.items():
+            bar.set_description(name)
+            both = [run(tx, trouble.bad_batch, args.steps, data, bar) for tx in trouble[:2]]
+            runs[name] = trouble, *both
+    for name, (trouble, (losses, history), (mended, after)) in runs.items():
+        print(f"\n{name}\n")
+        print(*diagnostics.advise(history, losses), sep="\n")
+        left = diagnostics.advise(after, mended) or "nothing"
+        print(f"\n{trouble.change}: mean loss of the last 50 steps ", end="")
+        print(f"{losses[-50:].mean():.3g} -> {mended[-50:].mean():.3g}; advise now says {left}.")
+    draw(args.out, runs)
+    print(f"\nThe picture is {args.out}")
 
 
+@matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 def draw(path, runs):
     figure = Figure(figsize=(13, 6.4), layout="constrained")
     columns = figure.subplots(2, len(runs), sharex=True).T
@@ -122,30 +138,12 @@ def draw(path, runs):
             layers = np.where(np.isfinite(layers) & (layers > 0), layers, np.nan)
             bottom.plot(history.step, layers.T, color=color, lw=1, alpha=0.7)
         top.set(yscale="log", title=name[0].upper() + name[1:], ylabel="loss")
-        top.legend(frameon=False)
+        top.legend()
         bottom.set(yscale="log", xlabel="step", ylabel=f"{titles[trouble.figure]}, each layer")
-    save_figure(figure, path)
-
-
-def main(argv=None):
-    parser = parser_for(__doc__, "troubles.png")
-    parser.add_argument("--steps", type=int, default=600, help="of each run")
-    args = parser.parse_args(argv)
-    images, labels = load_digits(return_X_y=True)
-    data = jnp.asarray(images.reshape(-1, 8, 8, 1) / 8 - 1, jnp.float32), jnp.asarray(labels)
-    runs = {}
-    with tqdm(total=2 * len(TROUBLES) * args.steps, unit="step", dynamic_ncols=True) as bar:
-        for name, trouble in TROUBLES.items():
-            bar.set_description(name)
-            runs[name] = (trouble, *(run(setting, args.steps, data, bar) for setting in trouble[:2]))
-    for name, (trouble, (losses, history), (mended, after)) in runs.items():
-        print(f"\n{name}: {trouble.broken}\n")
-        print(*diagnostics.advise(history, losses), sep="\n")
-        left = diagnostics.advise(after, mended) or "nothing"
-        print(f"\n{trouble.change}: mean loss of the last 50 steps ", end="")
-        print(f"{losses[-50:].mean():.3g} -> {mended[-50:].mean():.3g}; advise now says {left}.")
-    draw(args.out, runs)
-    print(f"\nThe picture is {args.out}")
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

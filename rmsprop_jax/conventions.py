@@ -109,7 +109,6 @@ def hinton(
       beta: :math:`\beta`, in [0, 1).
       epsilon: :math:`\epsilon`, at least 0, outside of the root.
     """
-    learning_rate = _checks.learning_rate("learning_rate", learning_rate)
     return rmsprop(
         learning_rate,
         _checks.decay("beta", beta),
@@ -208,7 +207,6 @@ def keras(
     Raises:
       ValueError: for more than one of the clip arguments.
     """
-    learning_rate = _checks.learning_rate("learning_rate", learning_rate)
     tx = rmsprop(
         learning_rate,
         _checks.decay("rho", rho),
@@ -253,7 +251,7 @@ def tensorflow(
       [-0.0526 -0.1051]
     """
     return rmsprop(
-        _checks.learning_rate("learning_rate", learning_rate),
+        learning_rate,
         decay,
         _checks.precise_number("epsilon", epsilon),
         initial_scale=1.0,
@@ -334,7 +332,6 @@ def sonnet(
       epsilon: :math:`\epsilon`, at least 0, under the root.
       centered: whether the root is of :math:`v_t` less the squared mean of the gradients.
     """
-    learning_rate = _checks.learning_rate("learning_rate", learning_rate)
     epsilon = _checks.precise_number("epsilon", epsilon)
     return rmsprop(learning_rate, decay, epsilon, centered=centered, momentum=_momentum(momentum))
 
@@ -361,7 +358,6 @@ def mlx(
     eps = _checks.precise_number("eps", eps)
     if isinstance(eps, float) and eps == 0:
         raise ValueError(f"Invalid eps: {eps=}, expected a number above 0.")
-    learning_rate = _checks.learning_rate("learning_rate", learning_rate)
     return rmsprop(learning_rate, _checks.decay("alpha", alpha), eps, eps_in_sqrt=False)
 
 
@@ -480,7 +476,7 @@ def mxnet(
     """
     _checks.flag("centered", centered)
     tx = rmsprop(
-        _checks.learning_rate("learning_rate", learning_rate),
+        learning_rate,
         _checks.decay("rho", rho),
         _checks.precise_number("epsilon", epsilon),
         eps_in_sqrt=centered,

@@ -1,14 +1,38 @@
-"""What the tests of the examples share: running one in this process, and a look at its picture."""
+"""What the tests of the examples share: one copied and run alone, its module, a look at its picture."""
 
 import contextlib
 import importlib
 import io
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def copied(name, folder):
+    """The example, copied into an empty folder with what its first lines tell to copy with it."""
+    source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    for file in (f"{name}.py", *re.findall(r"Copy (\S+\.py) with this file", source)):
+        shutil.copy(EXAMPLES / file, folder)
+    return folder / f"{name}.py"
+
+
+def run_alone(name, folder, *args):
+    """What the example prints there, in a process of its own, without warnings."""
+    command = [sys.executable, copied(name, folder).name, *map(str, args)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}  # as if the package were installed
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"\w+Warning:", done.stderr), done.stderr
+    return done.stdout
 
 
 def example(name):
@@ -20,8 +44,9 @@ def example(name):
 
 def run(name, *args):
     """What the example prints, run in this process."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        example(name).main([*map(str, args)])
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        example(name).main()
     return output.getvalue()
 
 

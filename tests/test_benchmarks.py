@@ -39,7 +39,7 @@ def test_a_short_run_prints_every_row_and_keeps_nothing(name, capsys):
     assert kept() == before
 
 
-@pytest.mark.parametrize("name", ["eager", "scale", "step", "trace", "train", "uint4"])
+@pytest.mark.parametrize("name", ["eager", "scale", "step", "trace", "train"])
 def test_tables_have_a_cell_for_every_column(name):
     data = json.loads((_frame.RESULTS / f"{name}.json").read_text())
     for block in re.split(r"\n(?!\|)", importlib.import_module(f"benchmarks.{name}").table(data)):

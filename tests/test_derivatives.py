@@ -86,6 +86,19 @@ def test_the_derivative_of_each_element_at_zero(form):
     np.testing.assert_allclose(found[0, 0], 1 / np.sqrt(eps) if form["eps_in_sqrt"] else 1 / eps, rtol=1e-3)
 
 
+@pytest.mark.parametrize("eps_in_sqrt", [True, False])
+def test_below_the_smallest_normal_number_nothing_moves_the_root(eps_in_sqrt):
+    """A tiny gradient is divided by that number's root, whatever nu is; and eps, if it is under the root."""
+
+    def update(start, eps):
+        tx, g = scale_by_rms(0.9, eps, eps_in_sqrt=eps_in_sqrt), jnp.float32(1e-25)
+        return tx.update(g, tx.init(g)._replace(nu=start))[0]
+
+    by_nu, by_eps = jax.jit(jax.grad(update, (0, 1)))(jnp.float32(0), jnp.float32(0))
+    assert by_nu == 0
+    assert (by_eps == 0) == eps_in_sqrt
+
+
 # Straight through: the derivative of rounding is 1, which unbiased rounding has in the mean.
 
 

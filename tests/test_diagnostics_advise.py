@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from helpers import quick
 from models import STEPS, train
 
 from rmsprop_jax import diagnostics, warmup
@@ -17,13 +18,7 @@ FAST = ["linear"]
 
 def slowly(cases, fast):
     """The cases, of which those for other models than `fast` take minutes to compile, all together."""
-    first = [case if isinstance(case, str) else case[0] for case in cases]
-    return [
-        pytest.param(
-            *([case] if isinstance(case, str) else case), marks=[] if name in fast else pytest.mark.slow
-        )
-        for name, case in zip(first, cases, strict=True)
-    ]
+    return quick(cases, [case for case in cases if (case if isinstance(case, str) else case[0]) in fast])
 
 
 def number_after(text, words):

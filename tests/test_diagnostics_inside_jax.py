@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick
 from jax import export
 
 import rmsprop_jax
@@ -104,10 +105,7 @@ QUICK = [("plain", np.float64, True), ("uint8", jnp.bfloat16, False), ("centered
 KINDS = [*itertools.product(FORMS, [jnp.float32, jnp.bfloat16, jnp.complex64, np.float64], [False, True])]
 
 
-@pytest.mark.parametrize(
-    ("form", "dtype", "wide"),
-    [pytest.param(*kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in KINDS],
-)
+@pytest.mark.parametrize(("form", "dtype", "wide"), quick(KINDS, QUICK))
 def test_strict_promotion(form, dtype, wide, request, strict):
     """np.float64 stands for NumPy's arrays; `wide` is JAX with 64 bits."""
     if wide:
@@ -124,7 +122,7 @@ def test_strict_promotion(form, dtype, wide, request, strict):
     assert measured.table.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("centered", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("centered", quick([False, True], [True]))
 def test_optax_under_strict_promotion(centered, strict):
     grads = random(1)
     _, history = watched(optax.rmsprop(0.01, centered=centered), grads, random(0), settings=Settings(0.9))

@@ -60,7 +60,7 @@ def form(make=rmsprop, dtype="float32", rate=None, slow=False, decay=DECAY, eps=
 FORMS = {
     "plain": form(rate=0.08),
     "outside": form(rate=0.08, eps_in_sqrt=False),
-    "corrected": form(rate=0.08 * np.sqrt(1 - DECAY**3), eps=1e-8, slow=True, bias_correction=True),
+    "corrected": form(rate=0.08 * np.sqrt(1 - DECAY**3), eps=1e-16, slow=True, bias_correction=True),
     "centered": form(centered=True, momentum=0.9),
     "uint8": form(accumulator="uint8"),
     "optax": form(optax.rmsprop, centered=True, bias_correction=True),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick
 
 from rmsprop_jax import Settings, accumulators, conventions, diagnostics, rmsprop, scale_by_rms
 
@@ -111,12 +112,9 @@ OPTIMIZERS = {
         ]
     },
 }
-QUICK = ["outside", "decayed"]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in OPTIMIZERS]
-)
+@pytest.mark.parametrize("name", quick(OPTIMIZERS, ["outside", "decayed"]))
 def test_the_learning_rate_is_found_without_a_word(name):
     """To 1e-5 of float32 sums; 3e-2 where nu is rounded to steps of 19%, which the rule bounds from below."""
     rtol = 3e-2 if name == "decayed" else 1e-5
@@ -196,7 +194,7 @@ def test_a_foreign_optimizer_is_asked_for_its_settings(tx):
             ask(tx=tx)
 
 
-@pytest.mark.parametrize("make", [optax.rmsprop, pytest.param(rmsprop, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", quick([optax.rmsprop, rmsprop], [optax.rmsprop]))
 def test_a_foreign_optimizer_is_measured_by_what_is_given(make):
     chained = optax.chain(optax.identity(), make(0.01, 0.8, 0.1, eps_in_sqrt=False))
     found = learning_rates(chained, settings=Settings(0.8, 0.1, eps_in_sqrt=False))

@@ -70,7 +70,8 @@ DIALECTS = {  # variables, the prefix of the model's names, their end, the confi
         *("", ":0", CONFIG | {"is_legacy_optimizer": False}),
     ),
     "a checkpoint of Keras 3": (
-        places(key="optimizer/_variables/{}" + VARIABLE, first=2) | BESIDE,
+        places(key="critic/_variables/{}" + VARIABLE, first=2)
+        | {key.replace("optimizer", "critic"): x for key, x in BESIDE.items()},
         *("", "", CONFIG),
     ),
 }
@@ -100,6 +101,15 @@ def test_tensorflow_1_has_a_buffer_in_any_case():
         state = interop.from_keras(theirs, tx.init(params), params, {"w": "w"})
         np.testing.assert_array_equal(optax.tree.get(state, "nu")["w"], 1)
     np.testing.assert_array_equal(optax.tree.get(state, "trace")["w"], -0.5)
+
+
+def test_variables_by_places_of_two_optimizers_are_refused():
+    theirs = places(7, 0.1) | places(7, 0.1, key="critic/optimizer/vars/{}")
+    state = conventions.keras().init(PARAMS)
+    with pytest.raises(
+        ValueError, match="they are of several optimizers, 'optimizer/' and 'critic/optimizer/'"
+    ):
+        interop.from_keras(theirs, state, PARAMS, {}, order=list(SHAPES))
 
 
 LEGACY = {"name": "RMSprop", "decay": 0.0, "rho": 0.95, "momentum": 0.0, "epsilon": 0.1, "centered": False}
@@ -163,7 +173,7 @@ ODD = {
     ),
     "ZeRO's": (
         {"square_avg": np.ones(7), "grad_avg": np.ones(7)},
-        r"shape \(7,\), not \(1, 2\), which 'w' needs: flattened, as FSDP and DeepSpeed's ZeRO.*to_universal",
+        r"shape \(7,\), not \(1, 2\), which 'w' needs \(flattened, as FSDP and DeepSpeed's ZeRO.*_universal",
     ),
     "bitsandbytes', 8 bits": (
         {"__bnb_optimizer_quant_state__": {"state1": np.ones(2), "qmap1": np.ones(256)}},

@@ -140,6 +140,12 @@ REFUSED = {
         lambda names: [names[:1], names[1:]],
         r"order has groups of \[1, 3\] names, PyTorch's optimizer of \[2, 2\]",
     ),
+    "of what was flattened": (
+        {},
+        {},
+        lambda names: [*names, "fc.weight"],
+        "order has 5 names, PyTorch's optimizer 4 parameters .*flattened, as FSDP",
+    ),
     "too short": ({}, {}, lambda names: names[:3], "order has 3 names, PyTorch's optimizer 4 parameters"),
 }
 

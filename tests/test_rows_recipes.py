@@ -1,14 +1,10 @@
-"""Tables in Flax's models, by the recipes of the module's docstring, and the example in short."""
-
-import math
-import re
+"""Tables in Flax's models, by the recipes of the module's docstring."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import shortened
 from helpers import cross_entropy
 from tables import both
 
@@ -109,20 +105,3 @@ def check_against_dense(by_rows, dense, tables, params):
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         # Sums in another order, through 30 normalised steps of 1e-2.
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_example_in_short(tmp_path):
-    pytest.importorskip("matplotlib", reason="the examples' extra is not installed")
-    example = shortened.example("embeddings")
-    printed = shortened.run("embeddings", "--steps=150", "--vocabulary", 3000, "--out", tmp_path)
-    assert all(f"{word}: " in printed for word in example.WORDS)
-    assert "3,000" in (tmp_path / "report.txt").read_text()
-    assert (tmp_path / "embeddings.png").stat().st_size > 10_000
-    # Float32 rounds sums in another order, and 150 steps carry it on.
-    assert float(re.search(r"dense twin: (\S+)", printed)[1]) < 1e-5
-    words, tokens = example.read_text()
-    _, losses = example.train(tokens, len(words), 150)
-    chance = (1 + example.NEGATIVES) * math.log(2)
-    assert losses[0] == pytest.approx(chance, rel=1e-3)
-    assert np.mean(losses[-20:]) < 0.8 * chance

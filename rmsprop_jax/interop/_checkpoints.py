@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rmsprop_jax.interop._arrays import whole_number
-from rmsprop_jax.interop._names import bare
+from rmsprop_jax.interop._names import FLATTENED, bare
 
 _NESTS = ("optimizer_states", "optimizer", "optimizer_state_dict")
 _BITSANDBYTES = (
@@ -260,7 +260,8 @@ def _by_group(groups, order):
             raise ValueError(f"order has groups of {given} names, PyTorch's optimizer of {sizes}.")
         return order
     if len(order) != sum(sizes):
-        raise ValueError(f"order has {len(order)} names, PyTorch's optimizer {sum(sizes)} parameters.")
+        hint = f" (fewer where a state is {FLATTENED})" if len(order) > sum(sizes) else ""
+        raise ValueError(f"order has {len(order)} names, PyTorch's optimizer {sum(sizes)} parameters{hint}.")
     rest = iter(order)
     return [[next(rest) for _ in range(size)] for size in sizes]
 

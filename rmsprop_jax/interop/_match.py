@@ -8,7 +8,7 @@ import numpy as np
 
 from rmsprop_jax.interop._arrays import as_numpy
 from rmsprop_jax.interop._moments import Moments
-from rmsprop_jax.interop._names import Names, by_paths, nearest
+from rmsprop_jax.interop._names import FLATTENED, Names, by_paths, nearest
 
 LOGGER = logging.getLogger("rmsprop_jax.interop")
 
@@ -193,7 +193,8 @@ def _laid_out(array, path, shape, axes):
     is_turned = axes is not None and array.ndim == len(axes)
     expected = tuple(shape[axes.index(i)] for i in range(len(axes))) if is_turned else tuple(shape)
     if array.shape != expected:
-        raise ValueError(f"of shape {array.shape}, not {expected}, which {path!r} needs{_flat(array, shape)}")
+        hint = f" ({FLATTENED})" if array.ndim == 1 < len(shape) else ""
+        raise ValueError(f"of shape {array.shape}, not {expected}, which {path!r} needs{hint}")
     return array if axes is None else array.transpose(axes)
 
 
@@ -210,16 +211,6 @@ def _check_moment(array, field, path, is_complex):
             )
         if (np.minimum(array.real, array.imag) < 0).any():
             raise ValueError("with numbers below 0 in it")
-
-
-def _flat(array, shape):
-    """What to say of an array without a shape."""
-    if array.ndim != 1 or len(shape) < 2:
-        return ""
-    return (
-        ": flattened, as FSDP and DeepSpeed's ZeRO store it. FSDP.optim_state_dict, or "
-        "deepspeed.checkpoint.ds_to_universal, gives each parameter's own"
-    )
 
 
 def raise_if(problems: Collection[str]) -> None:

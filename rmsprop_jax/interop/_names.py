@@ -11,6 +11,11 @@ from rmsprop_jax._tree import Tree, named_leaves
 
 Names = Mapping[str, str | tuple[str, Sequence[int]]]
 
+FLATTENED = (
+    "flattened, as FSDP and DeepSpeed's ZeRO store it: FSDP.optim_state_dict, or "
+    "deepspeed.checkpoint.ds_to_universal, gives each parameter's own"
+)
+
 
 def paths(tree: Tree) -> dict[str, tuple[int, ...]]:
     """The path of each array in a tree, as `names` has it, and the array's shape.

@@ -165,10 +165,8 @@ def _partition(group_of, settings, params, new_group):
     if len(parts) == 1:
         return _built(*parts["group 0"], params)
 
-    def label(path, _):
-        return labels.get(
-            group_of.get(leaf_name(path)), "group 0"
-        )  # if strict, `carry` lists what is missing
+    def label(path, _):  # if strict, `carry` lists what is missing
+        return labels.get(group_of.get(leaf_name(path)), "group 0")
 
     built = {label: _built(*one, params) for label, one in parts.items()}
     return optax.partition(built, jax.tree_util.tree_map_with_path(label, params))

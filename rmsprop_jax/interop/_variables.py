@@ -33,7 +33,7 @@ _NAMED = (
     r"(?P<optimizer>(?:training/)?[^/]+)/(?P<name>.+)/(?P<word>rms|mg|momentum)",
     r"(?P<name>.+)/(?P<optimizer>RMSProp)(?P<word>|_1|_2)",
 )
-_COUNTED = re.compile(r"(?P<optimizer>optimizer/(?:inner_optimizer/)?)(?:vars|_variables)/(?P<number>\d+)")
+_COUNTED = re.compile(r"(?P<optimizer>.+/)(?:(?<=optimizer/)vars|_variables)/(?P<number>\d+)")
 _OTHERS = (
     *("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw"),
     *("ftrl", "lamb", "lion", "muon", "nadam", "sgd"),
@@ -47,13 +47,13 @@ class KerasSource(Source):
       variables: by their names, or their places in a file.
       order: the paths of the model's trainable variables, for places.
       config: the RMSprop's own, for places.
-      learning_rate: of the next step, by default the variable's.
+      rate: the learning rate of the next step, by default the variable's.
       lr_in_momentum: whether the learning rate is in our momentum buffer.
 
     Attributes:
       names: the keys in `variables`, by the model's variable.
       iteration: that of the number of updates, None if there is none.
-      rate: the learning rate of the next step, None where it is not known.
+      rate: as given or, by default, the variable's; None if there is none.
 
     Raises:
       ValueError: for the variables of another optimizer, of two of them, or that do not say what they are.
@@ -123,8 +123,9 @@ def _named(short, config):
     names, prefix = found[own[0]], own[0] and f"{own[0]}/"
     if own[0] == "RMSProp":  # tf.compat.v1's, which has a buffer in any case
         return _in_order(names), "global_step", None, ("buffer",)
-    iteration = _first(short, prefix, ("iteration", "iter", "_iterations", "/iteration"))
-    return names, iteration, _first(short, prefix, ("learning_rate", "_learning_rate")), ()
+    iterations = prefix + "iteration", prefix + "iter", prefix + "_iterations", "iteration"
+    rates = prefix + "learning_rate", prefix + "_learning_rate"
+    return names, *(next(filter(short.__contains__, keys), None) for keys in (iterations, rates)), ()
 
 
 def _in_order(names):
@@ -144,16 +145,10 @@ def _matching(pattern, short):
     return {o: names for o, names in found.items() if any(m.square for m in names.values())}
 
 
-def _first(short, prefix, ends):
-    """The first key that is there; one that begins with "/" stands for itself."""
-    keys = (end[1:] if end[0] == "/" else prefix + end for end in ends)
-    return next((key for key in keys if key in short), None)
-
-
 def _not_one(short, found, own, config):
     """What to say of variables that are not those of one RMSprop."""
     if own:
-        return f"Invalid variables: they are of several optimizers, {' and '.join(map(repr, own))}."
+        return _several(own)
     if "decay" in config:
         return (
             "Invalid file: a .keras file of Keras 2 does not hold the variables of its legacy optimizers: "
@@ -165,6 +160,10 @@ def _not_one(short, found, own, config):
         f"Invalid variables: they are {of}, expected {{v.path: v.numpy() for v in optimizer.variables}} "
         "of a built RMSprop, such as 'rmsprop/dense_kernel_velocity'."
     )
+
+
+def _several(optimizers):
+    return f"Invalid variables: they are of several optimizers, {' and '.join(map(repr, optimizers))}."
 
 
 def _kind(optimizer):
@@ -195,7 +194,10 @@ def _counted(matches, short, order, config):
 
 def _layout(matches, short, config):
     """The keys of the arrays, in their order, of the iteration and of the learning rate."""
-    optimizer = max((match["optimizer"] for match in matches), key=len)  # a wrapper around it repeats these
+    optimizers = sorted({match["optimizer"] for match in matches}, key=len)
+    optimizer = optimizers[-1]  # those around it repeat its variables
+    if not all(map(optimizer.startswith, optimizers)):
+        raise ValueError(_several(optimizers))
     keys = {int(match["number"]): match[0] for match in matches if match["optimizer"] == optimizer}
     places = sorted(keys)
     heads = list(filter(short.__contains__, (f"{optimizer}_iterations", f"{optimizer}_learning_rate")))
