@@ -53,7 +53,7 @@ def random_thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, seed: 
 def to_dtype(x: jax.Array, dtype: jax.typing.DTypeLike, threshold: jax.Array) -> jax.Array:
     """Rounds `x` to one of its two neighbours in a lower floating dtype, in the mean to `x` itself.
 
-    What is finite stays finite, and NaN stays NaN. A value that `dtype` has is left as it is. The derivative
+    A finite value stays finite, and NaN stays NaN. A value that `dtype` has is left as it is. The derivative
     is 1, which unbiased rounding has in the mean.
 
     Args:
