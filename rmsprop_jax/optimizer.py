@@ -70,8 +70,9 @@ def rmsprop(
       accumulator: how `nu` is stored between updates: "float32", "bfloat16", "uint8", "factored" or one of
         your own, see :mod:`rmsprop_jax.accumulators`.
       momentum_dtype: dtype in which the momentum buffer is stored between updates, such as "bfloat16" (its
-        name, as :func:`optax.inject_hyperparams` takes a class for a schedule), rounded without bias; None
-        for float32, or float64 for 64-bit parameters. Complex parameters keep their dtype.
+        name, as :func:`optax.inject_hyperparams` takes a class for a schedule), rounded without bias, and so
+        is the update, which is read back from it; None for float32, or float64 for 64-bit parameters.
+        Complex parameters keep their dtype.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` that knows its settings. Its state is the chain's: a

@@ -37,8 +37,11 @@ def thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, count: jax.ty
       leaf: its number in the tree, or any integer that tells it from other leaves, may be traced.
       count: the step, an integer, may be traced.
     """
-    salt = mixed(jnp.asarray(leaf).astype(jnp.uint32))
-    return _scattered(shape, salt) + (salt + jnp.asarray(count).astype(jnp.uint32) * _TURN)
+    salt, index = mixed(jnp.asarray(leaf).astype(jnp.uint32)), _scattered(shape)
+    # A quadratic function for each leaf, one to one. Two linear ones may differ by little more than a
+    # constant, and then the errors of the two leaves would be correlated.
+    hashed = index * ((mixed(salt) | np.uint32(1)) + index * (salt << np.uint32(1)))
+    return hashed + (salt + jnp.asarray(count).astype(jnp.uint32) * _TURN)
 
 
 def random_thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, seed: jax.Array) -> jax.Array:
@@ -50,7 +53,7 @@ def random_thresholds(shape: tuple[int, ...], leaf: jax.typing.ArrayLike, seed: 
 def to_dtype(x: jax.Array, dtype: jax.typing.DTypeLike, threshold: jax.Array) -> jax.Array:
     """Rounds `x` to one of its two neighbours in a lower floating dtype, in the mean to `x` itself.
 
-    What is finite stays finite, and NaN stays NaN. A value that `dtype` has is left as it is. The derivative
+    A finite value stays finite, and NaN stays NaN. A value that `dtype` has is left as it is. The derivative
     is 1, which unbiased rounding has in the mean.
 
     Args:
@@ -94,18 +97,9 @@ def mixed(x: jax.Array) -> jax.Array:
     return x ^ (x >> 15)
 
 
-def _scattered(shape, salt=None):
-    """A hash of each element's index in the whole array; with a scalar `salt`, another one for each salt.
-
-    It is linear in the index along each axis, with a salt quadratic: of two linear ones the difference would
-    hardly change along an axis, or as often as one of them, for many pairs of leaves, whose rounding errors
-    would then be correlated.
-    """
+def _scattered(shape):
+    """A hash of each element's index in the whole array, linear in the index along each axis."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
-        along, factor = jax.lax.broadcasted_iota(jnp.uint32, shape, axis), np.uint32(_AXES[axis % len(_AXES)])
-        if salt is not None:
-            curve = mixed(salt + np.uint32(axis))
-            factor = factor + curve * np.uint32(_AXES[-1]) + along * curve
-        index += along * factor
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(_AXES[axis % len(_AXES)])
     return index

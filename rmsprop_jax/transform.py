@@ -134,7 +134,7 @@ _incremented = jax.jit(optax.safe_increment, inline=True)
 
 
 def _initial_nu(accumulator, params, stored):
-    """`nu` from what is stored for each parameter; Flax's boxes name no axis over which they hold a mean."""
+    """`nu` from the stored arrays of each parameter; Flax's boxes name no axis that a mean is over."""
     nu = nu_of(accumulator, [params] * (len(accumulator.parts) or 1), stored)
     if not accumulator.parts:
         return nu

@@ -23,7 +23,8 @@ def apply_updates(params: SameTree, updates: Tree, *, key: jax.Array | None = No
     """Adds updates to parameters: `optax.apply_updates`, also for row-sparse updates.
 
     In a jitted function that donates `params`, tables are updated in place, at a cost proportional to the
-    rows in the update. (Not so bfloat16 tables on CPU: to write rows there, XLA converts the whole table.)
+    rows in the update. Exceptions: to write rows of a bfloat16 table on CPU, XLA converts the whole table; on
+    a TPU it copies a table of fewer than 128 columns, unless its layout is row-major.
 
     **Parameters in bfloat16 or float16.** Rounded to nearest, an update below half a unit in a parameter's
     last place, 1/512 of it in bfloat16, is lost, each time. With a `key`, new for each step, the sum is taken

@@ -27,7 +27,7 @@ def test_ten_frames_are_minatars(dqn_minatar):
     """All of a game's are pgx's own promise."""
     minatar = pytest.importorskip("minatar", reason="MinAtar is not installed; see `make peers`")
     game = dqn_minatar.DQN("breakout", optax.sgd(0.0)).game
-    state = game.init(jax.random.key(0))
+    state = jax.jit(game.init)(jax.random.key(0))
     theirs = minatar.Environment("breakout", sticky_action_prob=0.0).env
     theirs.random = SimpleNamespace(
         randint=lambda *_: int(state._ball_x) // 9

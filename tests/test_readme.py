@@ -52,4 +52,5 @@ def test_tables_have_their_figures(page):
     names = re.findall(r"<!-- table [\w ]+ -->", PAGES[page])
     made = tables.filled(PAGES[page])
     assert "<!-- table" not in made
-    assert len(re.findall(r"^[^|\n]+; python |^Not measured\.$", made, re.MULTILINE)) == len(names)
+    said = re.compile(r"^[^|\n]+; python |^Not measured\.$", re.MULTILINE)
+    assert len(said.findall(made)) - len(said.findall(PAGES[page])) == len(names)

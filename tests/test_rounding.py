@@ -84,7 +84,7 @@ def test_thresholds_are_even_in_time_for_each_element_and_over_the_elements():
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(256, 256), (65536,), (3, 3, 64, 128)], ids=str)
 def test_the_errors_of_any_two_leaves_are_uncorrelated(shape):
-    """Over 65,536 elements random ones are correlated by 0.004, and some of half a million pairs by 0.02."""
+    """Over 65,536 elements random ones are correlated by 0.004, some of half a million pairs by 0.02."""
     thresholds = jax.jit(jax.vmap(lambda leaf: rounding.thresholds(shape, leaf, 7)))(jnp.arange(1000))
     # The error of rounding up below its threshold, in the mean over what is rounded.
     errors = np.asarray(thresholds).reshape(1000, -1).astype(np.float32) / 2.0**32 - 0.5

@@ -5,8 +5,8 @@
     nu_t     = max(row_t * column_t / mean(row_t), (1 - decay) * g_t^2)
 
 The product is nu itself where nu has rank one, and of all matrices with these means the nearest to it in the
-generalized Kullback-Leibler divergence (Shazeer and Stern, 2018). What is below what g_t alone adds to `nu`
-cannot be `nu`: so updates are at most 1 / sqrt(1 - decay), as they are with the whole of it.
+generalized Kullback-Leibler divergence (Shazeer and Stern, 2018). `nu` is at least the term of g_t, so that
+updates are at most 1 / sqrt(1 - decay), as they are with the whole of `nu`.
 """
 
 import math

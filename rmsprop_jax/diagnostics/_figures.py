@@ -219,7 +219,7 @@ def _sample(x, most=4096):
 
 
 def _quantiles(x, valid, at):
-    """Of the valid elements of `x`, by the nearest rank below; NaN where there are none."""
+    """Quantiles of the valid elements of `x`, by the nearest rank below; NaN where there are none."""
     in_order = jnp.sort(jnp.where(valid, x, jnp.nan).ravel())  # NaN comes last
     last = jnp.sum(valid, dtype=jnp.float32) - 1
     return [in_order[jnp.maximum(last * q, 0).astype(jnp.int32)] for q in at]

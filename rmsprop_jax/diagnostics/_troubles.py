@@ -230,10 +230,11 @@ def advise(
     is in order. The thresholds, with their reasons, are the constants in capitals of `_troubles.py`.
 
     Args:
-      history: of :func:`history`, of `jax.lax.scan`, or a list of measurements.
+      history: of :func:`rmsprop_jax.diagnostics.history`, of `jax.lax.scan`, or a list of measurements.
       losses: one for each update, from the first on, or one for each measurement. Where some are negative,
         as in reinforcement learning, they cannot be compared by ratio, and nothing is concluded from them.
-      troubles: what to look for, gravest first: functions from a :class:`Run` to a :class:`Finding` or None.
+      troubles: functions from a :class:`rmsprop_jax.diagnostics.Run` to a
+        :class:`rmsprop_jax.diagnostics.Finding` or None, gravest first.
 
     Returns:
       The findings, gravest first; none before the first measurement.

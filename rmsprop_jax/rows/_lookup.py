@@ -92,7 +92,7 @@ def check_ids(indices: jax.typing.ArrayLike, num_rows: int) -> None:
 
 
 def _row_gradient(table, ids, grads, loss):
-    """Of a table whose rows at `ids`, an array or a tree of them, have the gradients `grads`."""
+    """The gradient of a table; `grads` are those of its rows at `ids`, an array or a tree of them."""
     columns = table.shape[1:]
     indices = [gathered(in_range(x, table.shape[0]), columns=0).ravel() for x in jax.tree.leaves(ids)]
     values = [gathered(g, columns=len(columns)).reshape(-1, *columns) for g in jax.tree.leaves(grads)]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax._dtypes import dtype_of, narrow
+from rmsprop_jax._dtypes import dtype_of, is_array_like, narrow
 from rmsprop_jax._tree import Tree, named_leaves
 from rmsprop_jax.rows._gradient import RowGradient, is_row_gradient, map_gradients, take
 
@@ -92,51 +92,38 @@ def values_only(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def _refused(tx, params):
-    """The names of the parameters whose row-sparse gradients `tx` does not treat as it does dense ones."""
-    leaves, treedef = jax.tree.flatten(params)
-    tables = [len(jnp.shape(p)) > 0 for p in leaves]
-    names = list(named_leaves(params))
-    try:
-        return _differing(tx, leaves, treedef, tables)
-    except (TypeError, ValueError):  # a state for whole tables: for which of them?
-        return {name for i, name in enumerate(names) if tables[i] and _fails(tx, leaves, treedef, i)}
+    """The names of the parameters whose row-sparse gradients `tx` does not treat as it does dense ones.
 
-
-def _fails(tx, leaves, treedef, table):
-    try:
-        return bool(_differing(tx, leaves, treedef, [i == table for i in range(len(leaves))]))
-    except (TypeError, ValueError):
-        return True
-
-
-def _differing(tx, leaves, treedef, tables):
-    """Tries `tx` on small gradients, row-sparse for `tables`: the names for which dense ones differ."""
+    It is tried on small gradients: dense ones, and the same row-sparse.
+    """
     rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p if is_array_like(p) else None, params)
 
-    def small(p, is_table, scale):
+    def small(p, scale):
         shape = tuple(min(size, 2) if isinstance(size, int) else 2 for size in jnp.shape(p))
-        if not is_table:
+        if not shape:
             return _array(rng, scale, shape, dtype_of(p))
         return RowGradient(jnp.array([4, 0, 4]), _array(rng, scale, (3, *shape[1:]), dtype_of(p)), num_rows=5)
 
-    differing: set[str] = set()
+    refused: set[str] = set()
     with jax.ensure_compile_time_eval():
         for scale in (1e-4, 1.0, 1e4):
-            sparse = treedef.unflatten(map(partial(small, scale=scale), leaves, tables))
-            params = map_gradients(lambda g: _array(rng, 1.0, g.shape, g.dtype), sparse)
+            sparse = jax.tree.map(partial(small, scale=scale), params)
+            ones = map_gradients(lambda g: _array(rng, 1.0, g.shape, g.dtype), sparse)
             summed = _summed(sparse)
-            expected = named_leaves(tx.update(_dense(sparse), tx.init(params), params)[0])
-            found, _ = tx.update(_values(summed), tx.init(params), _rows_of(summed, params))
+            expected = named_leaves(tx.update(_dense(sparse), tx.init(ones), ones)[0])
+            try:
+                found, _ = tx.update(_values(summed), tx.init(ones), _rows_of(summed, ones))
+            except (TypeError, ValueError):  # its state is for whole tables
+                return set(named_leaves(params))
             found = _dense(
                 map_gradients(lambda g, u: replace(g, values=u) if is_row_gradient(g) else u, summed, found)
             )
-            # As far as sums in another order may differ.
-            differing |= {
-                name
-                for name, x in named_leaves(found).items()
-                if not np.allclose(x, expected[name], rtol=8 * float(jnp.finfo(x.dtype).eps), atol=0)
-            }
-    return differing
+            for name, x in named_leaves(found).items():
+                # As far as sums in another order may differ.
+                if not np.allclose(x, expected[name], rtol=8 * float(jnp.finfo(x.dtype).eps), atol=0):
+                    refused.add(name)
+    return refused
 
 
 def _array(rng, scale, shape, dtype):
