@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import sparse
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from rmsprop_jax import apply_updates, rmsprop, rows
 from rmsprop_jax.rows import RowGradient
@@ -109,6 +110,37 @@ def test_out_of_range_ids_look_up_zeros():
     gradient = rows.value_and_grad(lambda x, _: (jnp.sum(x), x), has_aux=True)
     (_, found), _ = gradient(table, jnp.array([-1, 0, 3]), None)
     np.testing.assert_array_equal(found[:, 0], [0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("table", "ids", "looked_up"),
+    [
+        (("data", "model"), "data", ("data", "model")),
+        ((None, "model"), "data", ("data", "model")),
+        (("data", None), None, (None, None)),
+        ((None, "model"), "model", (None, "model")),  # the columns have that axis already
+    ],
+)
+def test_on_explicit_axes_rows_are_split_as_the_ids_and_the_columns_are(table, ids, looked_up):
+    """The gradient's rows are whole on each device, since any of them may be anywhere in the table."""
+    mesh = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def struct(shape, dtype, *spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def loss(found, _):
+        assert jax.typeof(found).sharding.spec == PartitionSpec(*looked_up)
+        return jnp.sum(found**2)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        grads = jax.eval_shape(
+            lambda table, ids: rows.value_and_grad(loss)(table, ids, None)[1][0],
+            struct((8, 4), jnp.float32, *table),
+            struct((16,), jnp.int32, ids),
+        )
+        dense = jax.eval_shape(RowGradient.to_dense, grads)
+    assert grads.indices.sharding.spec == PartitionSpec(None)
+    assert grads.values.sharding.spec == dense.sharding.spec == PartitionSpec(None, table[1])
 
 
 def test_from_bcoo_and_to_dense():
