@@ -55,6 +55,7 @@ REFUSED = {
     "add_noise": optax.add_noise(0.1, 0.1, 0),
     "apply_every": optax.apply_every(2),
     "clip_by_block_rms": optax.clip_by_block_rms(0.1),
+    "clip_by_block_rms, of large ones": optax.clip_by_block_rms(1e3),
     "ema": optax.ema(0.9),
     "scale_by_adadelta": optax.scale_by_adadelta(),
     "scale_by_adam": optax.scale_by_adam(),
