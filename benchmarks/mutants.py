@@ -194,16 +194,15 @@ def summary(done, kept):
         noticed, before = change.pop("noticed_by"), known.pop(_key(change), {})
         if noticed is None:
             known[_key(change)] = {**change, "changes_nothing_because": before.get("changes_nothing_because")}
-    return {"files": dict(sorted(files.items())), "unnoticed": sorted(known.values(), key=_key)}
+    files = dict(sorted({**kept.get("files", {}), **files}.items()))
+    return {"files": files, "unnoticed": sorted(known.values(), key=_key)}
 
 
 def score(kept):
     """The share of the tried that were noticed or change nothing."""
     tried, noticed = (sum(row[name] for row in kept["files"].values()) for name in ("tried", "noticed"))
     open_ = sum(change["changes_nothing_because"] is None for change in kept["unnoticed"])
-    print(
-        f"{noticed} of {tried} changes noticed; of the {len(kept['unnoticed'])} not noticed {open_} are open"
-    )
+    print(f"{noticed} of {tried} changes noticed; of {len(kept['unnoticed'])} others {open_} are unexplained")
     return 1 - open_ / tried
 
 
@@ -214,13 +213,16 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="changes that are tried at the same time")
     parser.add_argument("--seconds", type=float, default=10**6, help="begin nothing after so many")
-    parser.add_argument("--log", type=Path, default=ROOT / "runs" / "mutants.jsonl", help="where to go on")
+    parser.add_argument(
+        "--log", type=Path, default=ROOT / "runs" / "mutants.jsonl", help="what is not tried again"
+    )
     options = parser.parse_args(arguments)
     ends = time.monotonic() + options.seconds
 
     options.log.parent.mkdir(parents=True, exist_ok=True)
     options.log.touch()
-    done = {_key(change): change for change in map(json.loads, options.log.read_text().splitlines())}
+    tried_before = map(json.loads, options.log.read_text().splitlines())
+    done = {_key(change): change for change in tried_before if change["noticed_by"] is not None}
     copies = [options.log.parent / f"copy{i}" for i in range(options.jobs)]
     folders = Queue()
     for copy in copies:

@@ -22,14 +22,18 @@ def test_a_change_that_is_noticed_again_leaves_the_list_and_the_others_keep_thei
     def change(after, **more):
         return {"file": "rounding", "where": "mixed", "before": "x + 1", "after": after, **more}
 
-    kept = {"unnoticed": [change(after, changes_nothing_because=after) for after in ("x", "1", "2")]}
+    row = {"tried": 1, "noticed": 1, "seconds": 1}
+    kept = {
+        "files": {"updates": row},
+        "unnoticed": [change(after, changes_nothing_because=after) for after in ("x", "1", "2")],
+    }
     done = [
         change("x", noticed_by="a test", seconds=1),
         change("1", noticed_by=None, seconds=2),
         change("new", noticed_by=None, seconds=3),
     ]
     new = mutants.summary(done, kept)
-    assert new["files"] == {"rounding": {"tried": 3, "noticed": 1, "seconds": 6}}
+    assert new["files"] == {"rounding": {"tried": 3, "noticed": 1, "seconds": 6}, "updates": row}
     reasons = {x["after"]: x["changes_nothing_because"] for x in new["unnoticed"]}
     assert reasons == {"1": "1", "2": "2", "new": None}
-    assert mutants.score(new) == pytest.approx(2 / 3)
+    assert mutants.score(new) == pytest.approx(3 / 4)
