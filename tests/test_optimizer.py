@@ -127,6 +127,17 @@ def test_low_precision_parameters_get_the_float32_step_rounded_once(dtype, form)
         np.testing.assert_allclose(np.float32(low_updates), full_updates, rtol=1.01 * half_a_unit, atol=1e-7)
 
 
+@pytest.mark.parametrize("learning_rate", [0.3, CHANGING], ids=["number", "schedule"])
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_decayed_weights_of_a_low_dtype_are_computed_in_float32(momentum, learning_rate):
+    """And rounded once: in bfloat16 the factor would be rounded, too."""
+    params = jnp.asarray(np.random.default_rng(0).normal(size=100), jnp.bfloat16)
+    tx = rmsprop(learning_rate, momentum=momentum, weight_decay=0.07)
+    updates, _ = tx.update(jnp.zeros_like(params), tx.init(params), params)
+    factor = 0.07 * (0.1 if callable(learning_rate) else learning_rate)
+    np.testing.assert_array_equal(updates, (-factor * params.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
 def test_optax_stalls_in_bfloat16_where_ours_follows():
     """decay 0.999 is 1.0 in bfloat16: optax's accumulator never forgets the first, large gradients."""
 
