@@ -55,7 +55,8 @@ TESTS = {
     "rows/_values": "rows_inside_optax",
     "schedules": "schedules",
     "sharding": "sharding",
-    "transform": "transform_refusals transform accumulators_state drop_in every_factory composition",
+    "transform": "transform_refusals transform accumulators_state drop_in every_factory composition "
+    "factored_state sharding",
     "updates": "updates rows_gradients rows_exact",
 }
 

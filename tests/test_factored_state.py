@@ -108,6 +108,23 @@ def test_flax_writes_and_reads_it():
     assert_trees_close(jax.tree.leaves(restored), jax.tree.leaves(state), rtol=0)
 
 
+def test_boxes_of_flax_linen_name_no_axis_that_a_mean_is_over():
+    """And all their axes where nu is stored whole or as codes."""
+    linen = pytest.importorskip("flax.linen")
+    names = {"kernel": ("rows", "columns"), "bias": ("columns",)}
+    shapes = {"kernel": (130, 140), "bias": (140,)}
+    params = {name: linen.Partitioned(jnp.ones(shapes[name]), names[name]) for name in names}
+
+    def names_of(tree):
+        return {name: box.names for name, box in tree.items()}
+
+    nu = {name: scale_by_rms(accumulator=name).init(params).nu for name in ("float32", "uint8", "factored")}
+    assert names_of(nu["float32"]) == names_of(nu["uint8"]["uint8"]) == names
+    means = nu["factored"]["factored"]
+    assert names_of(means["row_mean"]) == {"kernel": ("rows", None), "bias": ("columns",)}
+    assert names_of(means["column_mean"]) == {"kernel": (None, "columns"), "bias": (None,)}
+
+
 def test_inside_flax_nnx():
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(130, 140, rngs=nnx.Rngs(0))
