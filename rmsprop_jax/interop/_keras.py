@@ -9,12 +9,12 @@ import optax
 
 from rmsprop_jax import conventions
 from rmsprop_jax._tree import Tree
-from rmsprop_jax.interop._arrays import as_numpy, listed, plain, unknown_in
+from rmsprop_jax.interop._arrays import as_numpy, plain, unknown_in
 from rmsprop_jax.interop._carry import carry, outward
-from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
+from rmsprop_jax.interop._files import Tensors, keras_config, load
 from rmsprop_jax.interop._match import Reporter, raise_if
 from rmsprop_jax.interop._names import Names
-from rmsprop_jax.interop._variables import KerasSource, rmsprop_config
+from rmsprop_jax.interop._variables import KerasSource
 from rmsprop_jax.optimizer import rmsprop
 
 _KERAS_ONLY = ("name", "use_ema", "ema_momentum", "loss_scale_factor", "jit_compile")
@@ -46,7 +46,6 @@ def from_keras(
       params: the parameters.
       names: from the paths of the model's variables, such as "sequential/dense/kernel", to paths in `params`,
         also as a file of Keras 2 ("dense/kernel:0") or a checkpoint ("layer_with_weights-0/kernel") has them.
-        Parameters it does not list are not transferred.
       order: for a `.keras` or `.weights.h5` file, in which the optimizer's variables have no names:
         ``[v.path for v in model.trainable_variables]``.
       config: for a `.weights.h5` file, which has none: ``optimizer.get_config()``.
@@ -178,35 +177,25 @@ def resume_keras(
 
 
 def _keras_optimizer(config, learning_rate, source):
-    """What a configuration says, with the learning rate of the variables where none is given."""
+    """The optimizer of a configuration, with the learning rate of the variables where none is given."""
     is_outside = "decay" in config and not config.get("momentum")
     function = _keras2 if is_outside else conventions.keras
     known = inspect.signature(function).parameters
-    _check_config(config, known, has_rate=learning_rate is not None)
+    without_effect = {
+        "ema_overwrite_frequency": not config.get("use_ema"),
+        "gradient_accumulation_steps": config.get("gradient_accumulation_steps") == 1,
+        "decay": learning_rate is not None or not config.get("decay"),
+    }
+    passed = {*known, *_KERAS_ONLY, *(key for key, is_so in without_effect.items() if is_so)}
+    unknown, found = unknown_in(config, passed)
+    if unknown:
+        hint = ": decay divides the learning rate by 1 + decay * count, pass such a learning_rate="
+        hint = hint if "decay" in unknown else ""
+        raise ValueError(f"Invalid config: {found} has no counterpart in conventions.keras{hint}.")
     if learning_rate is None:
         learning_rate = _keras_rate(source, config)
     names = [key for key in config if key in known and key != "learning_rate"]
     return function(learning_rate, **{key: plain(key, config[key]) for key in names})
-
-
-def _check_config(config, known, has_rate):
-    """Raises ValueError for settings that say something and have no counterpart."""
-    without_effect = {
-        "ema_overwrite_frequency": not config.get("use_ema"),
-        "gradient_accumulation_steps": config.get("gradient_accumulation_steps") == 1,
-        "decay": has_rate or not config.get("decay"),
-    }
-    passed = {*known, *_KERAS_ONLY, *(key for key, is_so in without_effect.items() if is_so)}
-    if unknown := unknown_in(config, passed):
-        hint = ": decay divides the learning rate by 1 + decay * count, pass such a learning_rate="
-        hint = hint if "decay" in unknown else ""
-        found = listed(config, unknown)
-        raise ValueError(f"Invalid config: {found} has no counterpart in conventions.keras{hint}.")
-
-
-def _keras2(learning_rate, rho=0.9, momentum=0.0, epsilon=1e-7, centered=False):
-    """The legacy optimizer of Keras 2, which without momentum has epsilon outside the root."""
-    return rmsprop(learning_rate, rho, epsilon, eps_in_sqrt=False, centered=centered)
 
 
 def _keras_rate(source, config):
@@ -217,6 +206,23 @@ def _keras_rate(source, config):
     return plain("learning_rate", rate)
 
 
+def _keras2(learning_rate, rho=0.9, momentum=0.0, epsilon=1e-7, centered=False):
+    """The legacy optimizer of Keras 2, which without momentum has epsilon outside the root."""
+    return rmsprop(learning_rate, rho, epsilon, eps_in_sqrt=False, centered=centered)
+
+
 def _config_of(variables, config):
-    """The RMSprop's configuration, the caller's or that of the file."""
-    return rmsprop_config(keras_config(variables) if config is None and is_keras_file(variables) else config)
+    """The arguments of the RMSprop in the caller's configuration, or in that of the file, if any."""
+    inner = keras_config(variables) if config is None else config
+    if inner is None:
+        return None
+    while isinstance(inner.get("config"), Mapping) or isinstance(inner.get("inner_optimizer"), Mapping):
+        name = inner.get("class_name")
+        inner = inner["config"] if isinstance(inner.get("config"), Mapping) else inner["inner_optimizer"]
+        if name not in (None, "RMSprop", "Custom>RMSprop", "LossScaleOptimizer"):
+            raise ValueError(f"Invalid config: it is that of {name}, expected RMSprop's.")
+    if "rho" not in inner:
+        raise ValueError(
+            f"Invalid config: it has {', '.join(map(repr, inner))}, expected RMSprop's, with 'rho'."
+        )
+    return inner

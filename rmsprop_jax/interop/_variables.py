@@ -43,20 +43,9 @@ _OTHERS = (
 class KerasSource(Source):
     """The variables of one RMSprop among `variables`, which may have others.
 
-    Args:
-      variables: by their names, or their places in a file.
-      order: the paths of the model's trainable variables, for places.
-      config: the RMSprop's own, for places.
-      rate: the learning rate of the next step, by default the variable's.
-      lr_in_momentum: whether the learning rate is in our momentum buffer.
-
-    Attributes:
-      names: the keys in `variables`, by the model's variable.
-      iteration: that of the number of updates, None if there is none.
-      rate: as given or, by default, the variable's; None if there is none.
-
-    Raises:
-      ValueError: for the variables of another optimizer, of two of them, or that do not say what they are.
+    `order`, the paths of the model's trainable variables, and `config`, the RMSprop's own, are for variables
+    that have no names. `names` has the keys in `variables` for each of the model's variables, `iteration` is
+    the key of the number of updates, and `rate` the next step's learning rate, as given or the variable's.
     """
 
     labels = Moments("velocity", "average_gradient", "momentum")
@@ -93,46 +82,21 @@ class KerasSource(Source):
         return buffer_factor(True, self._lr_in_momentum, None if self.rate is None else as_numpy(self.rate))
 
 
-def rmsprop_config(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The arguments of the RMSprop in ``keras.optimizers.serialize(optimizer)``, or these themselves.
-
-    Raises:
-      ValueError: for another optimizer.
-    """
-    if config is None:
-        return None
-    inner = config
-    while isinstance(inner.get("config"), Mapping) or isinstance(inner.get("inner_optimizer"), Mapping):
-        name = inner.get("class_name")
-        inner = inner["config"] if isinstance(inner.get("config"), Mapping) else inner["inner_optimizer"]
-        if name not in (None, "RMSprop", "Custom>RMSprop", "LossScaleOptimizer"):
-            raise ValueError(f"Invalid config: it is that of {name}, expected RMSprop's.")
-    if "rho" not in inner:
-        raise ValueError(
-            f"Invalid config: it has {', '.join(map(repr, inner))}, expected RMSprop's, with 'rho'."
-        )
-    return inner
-
-
 def _named(short, config):
     """The keys by names: of each of the model's variables, of the iteration and of the learning rate."""
     found: dict = next(filter(None, (_matching(pattern, short) for pattern in _NAMED)), {})
-    own = [optimizer for optimizer in found if _kind(optimizer) not in _OTHERS]
+    kinds = {o: re.sub(r"_\d+$", "", o.rpartition("/")[2]).lower() for o in found}  # "model/adam_1" is adam
+    own = [optimizer for optimizer, kind in kinds.items() if kind not in _OTHERS]
     if len(own) != 1:
         raise ValueError(_not_one(short, found, own, config))
     names, prefix = found[own[0]], own[0] and f"{own[0]}/"
-    if own[0] == "RMSProp":  # tf.compat.v1's, which has a buffer in any case
-        return _in_order(names), "global_step", None, ("buffer",)
+    if own[0] == "RMSProp":  # tf.compat.v1's, which has a buffer in any case, as the last
+        if not any(m.buffer for m in names.values()):
+            names = {name: Moments(m.square, None, m.mean) for name, m in names.items()}
+        return names, "global_step", None, ("buffer",)
     iterations = prefix + "iteration", prefix + "iter", prefix + "_iterations", "iteration"
     rates = prefix + "learning_rate", prefix + "_learning_rate"
     return names, *(next(filter(short.__contains__, keys), None) for keys in (iterations, rates)), ()
-
-
-def _in_order(names):
-    """With the buffer as the last, which stands for the mean where there is none."""
-    if any(m.buffer for m in names.values()):
-        return names
-    return {name: Moments(m.square, None, m.mean) for name, m in names.items()}
 
 
 def _matching(pattern, short):
@@ -166,10 +130,6 @@ def _several(optimizers):
     return f"Invalid variables: they are of several optimizers, {' and '.join(map(repr, optimizers))}."
 
 
-def _kind(optimizer):
-    return re.sub(r"_\d+$", "", optimizer.rpartition("/")[2]).lower()
-
-
 def _counted(matches, short, order, config):
     """The keys by places: one of each kind for each in `order`, the iteration and the learning rate."""
     slots, *heads = _layout(matches, short, config)
@@ -180,7 +140,15 @@ def _counted(matches, short, order, config):
             "Keras' file counts the optimizer's variables and does not name them: "
             "pass order=[v.path for v in model.trainable_variables]."
         )
-    fields, count = _fields(config), len(order)
+    # What Keras makes for each of the model's variables, in its order, also what is not carried over.
+    made = {
+        "ema": config.get("use_ema"),
+        "accumulated": config.get("gradient_accumulation_steps"),
+        "square": True,
+        "buffer": config.get("momentum"),
+        "mean": config.get("centered"),
+    }
+    fields, count = [field for field, is_made in made.items() if is_made], len(order)
     if len(slots) != len(fields) * count:
         advice = "" if config else "; its configuration, a .keras file's or config=, says which"
         raise ValueError(
@@ -204,23 +172,8 @@ def _layout(matches, short, config):
     if places != list(range(places[0], places[0] + len(keys))) or (places[0] and not heads):
         raise ValueError(f"Invalid file: it has an optimizer with the variables {places}.")
     # Where they have no names they come first. A schedule is no variable, and in Keras 2 no learning rate is.
-    own = 0 if heads else 2 - _is_without_rate(config)
+    is_keras2 = "decay" in config or "is_legacy_optimizer" in config
+    has_rate = not (is_keras2 or isinstance(config.get("learning_rate"), Mapping))
+    own = 0 if heads else 1 + has_rate
     slots = [keys[place] for place in places]
     return slots[own:], *[*heads, *slots[:own], None, None][:2]
-
-
-def _is_without_rate(config):
-    is_keras2 = "decay" in config or "is_legacy_optimizer" in config
-    return is_keras2 or isinstance(config.get("learning_rate"), Mapping)
-
-
-def _fields(config):
-    """What Keras makes for each of the model's variables, in its order, also what is not carried over."""
-    made = {
-        "ema": config.get("use_ema"),
-        "accumulated": config.get("gradient_accumulation_steps"),
-        "square": True,
-        "buffer": config.get("momentum"),
-        "mean": config.get("centered"),
-    }
-    return [field for field, is_made in made.items() if is_made]
