@@ -59,8 +59,7 @@ def outward(
         if (key := source.find(name)) is not None:
             if moments.buffer is not None:
                 moments = moments._replace(buffer=moments.buffer / source.factor(key))
-            order = None if axes is None else np.argsort(axes)
-            found[key] = Moments(*(x if order is None or x is None else x.transpose(order) for x in moments))
+            found[key] = _each(moments, lambda x: x if axes is None else x.transpose(np.argsort(axes)))  # noqa: B023
     return found, count or 0
 
 
@@ -111,13 +110,16 @@ def _needed(state, params):
 # Complex parameters in `optax.contrib.split_real_and_imaginary`: two leaves here for one there.
 
 
+def _each(moments, f):
+    return Moments(*(None if x is None else f(x) for x in moments))
+
+
 def _split(found, pairs):
     """With two in place of one."""
     new = {path: Moments(*arrays) for path, arrays in found.items()}
     for path in new.keys() & set(pairs):
         z = new.pop(path)
-        for part, of in (("real", np.real), ("imaginary", np.imag)):
-            new[f"{path}/{part}"] = Moments(*(None if x is None else of(x) for x in z))
+        new |= {f"{path}/real": _each(z, np.real), f"{path}/imaginary": _each(z, np.imag)}
     return new
 
 

@@ -52,7 +52,7 @@ def entries_of(checkpoint: Any, order: Order | None = None) -> dict[str, Entry]:
     """Each parameter of the optimizer's by its name."""
     optimizer_state = _unwrapped(checkpoint, "optimizer_state")
     if "param_groups" not in optimizer_state:
-        return _flat(optimizer_state, order)
+        return _numbered(_flat(optimizer_state), order)
     groups, states = optimizer_state["param_groups"], optimizer_state["state"]
     _check(groups, states)
     by_name: dict[str, Entry] = {}
@@ -165,37 +165,43 @@ def _described(x):
     if "state" in x:
         return "an optimizer's state without param_groups"
     keys = ", ".join(map(repr, list(x)[:4])) + (", ..." if len(x) > 4 else "")
-    inner = [value for value in x.values() if isinstance(value, Mapping)]
-    if len(inner) == len(x) and not {"square_avg", *_OTHERS}.isdisjoint(set().union(*inner)):
+    if _is_states(x):
         return f"the 'state' of an optimizer alone, with {keys}"
     if all(hasattr(value, "shape") for value in x.values()):
         return f"a dictionary of arrays, with {keys}, as a model's state_dict"
     return f"a dictionary with {keys}"
 
 
-def _flat(state, order):
-    """The entries of the flat form, whose names `order` gives where it has numbers for them."""
+def _is_states(x):
+    inner = [value for value in x.values() if isinstance(value, Mapping)]
+    return len(inner) == len(x) and not {"square_avg", *_OTHERS}.isdisjoint(set().union(*inner))
+
+
+def _flat(state):
     states: dict[str, dict[str, Any]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
-        for kind, of_name in (("state.", states), ("param_groups.", settings)):
+        for kind, entries in (("state.", states), ("param_groups.", settings)):
             name, _, field = key.removeprefix(kind).rpartition(".") if _starts(key, kind) else ("", "", "")
             if name:
-                of_name.setdefault(name, {})[field] = value
-    names = list(dict.fromkeys([*states, *settings]))
-    ordered = dict(zip(names, names, strict=True))
-    if order is not None and all(map(str.isdecimal, names)):
-        order = [name for group in order for name in group] if _is_by_group(order) else order
-        if any(int(name) >= len(order) for name in names):
-            raise ValueError(f"order has {len(order)} names, PyTorch's optimizer a parameter {max(names)}.")
-        ordered = {name: order[int(name)] for name in names}
+                entries.setdefault(name, {})[field] = value
     numbers: dict[str, int] = {}
     flat = {}
-    for name in names:
+    for name in dict.fromkeys([*states, *settings]):
         group = settings.get(name, {})
         number = numbers.setdefault(repr(sorted(group.items())), len(numbers))
-        flat[ordered[name]] = Entry(states.get(name, {}), name, group, number)
+        flat[name] = Entry(states.get(name, {}), name, group, number)
     return flat
+
+
+def _numbered(entries, order):
+    """Entries by their names in `order`, where the flat form has numbers for names."""
+    if order is None or not all(name.isdecimal() for name in entries):
+        return entries
+    order = [name for group in order for name in group] if _is_by_group(order) else order
+    if any(int(name) >= len(order) for name in entries):
+        raise ValueError(f"order has {len(order)} names, PyTorch's optimizer a parameter {max(entries)}.")
+    return {order[int(name)]: entry for name, entry in entries.items()}
 
 
 def _names(groups, order):

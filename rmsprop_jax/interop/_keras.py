@@ -177,14 +177,23 @@ def resume_keras(
 
 
 def _keras_optimizer(config, learning_rate, source):
-    """The optimizer of a configuration, with the learning rate of the variables where none is given."""
+    """What a configuration says, with the learning rate of the variables where none is given."""
     is_outside = "decay" in config and not config.get("momentum")
     function = _keras2 if is_outside else conventions.keras
     known = inspect.signature(function).parameters
+    _check_config(config, known, has_rate=learning_rate is not None)
+    if learning_rate is None:
+        learning_rate = _keras_rate(source, config)
+    names = [key for key in config if key in known and key != "learning_rate"]
+    return function(learning_rate, **{key: plain(key, config[key]) for key in names})
+
+
+def _check_config(config, known, has_rate):
+    """Raises ValueError for settings that say something and have no counterpart."""
     without_effect = {
         "ema_overwrite_frequency": not config.get("use_ema"),
         "gradient_accumulation_steps": config.get("gradient_accumulation_steps") == 1,
-        "decay": learning_rate is not None or not config.get("decay"),
+        "decay": has_rate or not config.get("decay"),
     }
     passed = {*known, *_KERAS_ONLY, *(key for key, is_so in without_effect.items() if is_so)}
     unknown, found = unknown_in(config, passed)
@@ -192,10 +201,11 @@ def _keras_optimizer(config, learning_rate, source):
         hint = ": decay divides the learning rate by 1 + decay * count, pass such a learning_rate="
         hint = hint if "decay" in unknown else ""
         raise ValueError(f"Invalid config: {found} has no counterpart in conventions.keras{hint}.")
-    if learning_rate is None:
-        learning_rate = _keras_rate(source, config)
-    names = [key for key in config if key in known and key != "learning_rate"]
-    return function(learning_rate, **{key: plain(key, config[key]) for key in names})
+
+
+def _keras2(learning_rate, rho=0.9, momentum=0.0, epsilon=1e-7, centered=False):
+    """The legacy optimizer of Keras 2, which without momentum has epsilon outside the root."""
+    return rmsprop(learning_rate, rho, epsilon, eps_in_sqrt=False, centered=centered)
 
 
 def _keras_rate(source, config):
@@ -204,11 +214,6 @@ def _keras_rate(source, config):
         found = f"the schedule {rate.get('class_name')}" if rate else "nowhere"
         raise ValueError(f"Keras' learning rate is {found}: pass learning_rate=, a number or a schedule.")
     return plain("learning_rate", rate)
-
-
-def _keras2(learning_rate, rho=0.9, momentum=0.0, epsilon=1e-7, centered=False):
-    """The legacy optimizer of Keras 2, which without momentum has epsilon outside the root."""
-    return rmsprop(learning_rate, rho, epsilon, eps_in_sqrt=False, centered=centered)
 
 
 def _config_of(variables, config):

@@ -112,12 +112,8 @@ def matched(
     or does not fit, or that nothing at all is left.
     """
     by_path, problems, missing = by_paths(names, shapes, needed, source.names)
-    keys: dict[str, str | None] = {}
-    first: dict[str, str] = {}
-    for path, (name, _) in by_path.items():
-        key = keys[path] = source.find(name)
-        if key is not None and first.setdefault(key, name) != name:
-            problems.append(f"{name!r} and {first[key]!r} are both {key!r} there: which is it?")
+    keys = {path: source.find(name) for path, (name, _) in by_path.items()}
+    problems += _doubles(by_path, keys)
     found = {}
     for path in filter(needed.__contains__, by_path):
         (name, axes), key = by_path[path], keys[path]
@@ -128,9 +124,21 @@ def matched(
             found[path], wrong = _fitted(source, key, path, needed[path], axes, path in pairs)
             problems += [f"{name!r} has {problem}." for problem in wrong]
     raise_if([*missing, *problems] if strict or not found else problems)
-    used = {keys[path] for path in found}
+    return found, _report(found, needed, source, {keys[path] for path in found})
+
+
+def _report(found, needed, source, used):
     left = tuple(name for name in source.names if name not in used and _has_any(source, name))
-    return found, Report(tuple(found), tuple(path for path in needed if path not in found), left)
+    return Report(tuple(found), tuple(path for path in needed if path not in found), left)
+
+
+def _doubles(by_path, keys):
+    """What is wrong where two names are one there."""
+    first: dict[str, str] = {}
+    for path, (name, _) in by_path.items():
+        key = keys[path]
+        if key is not None and first.setdefault(key, name) != name:
+            yield f"{name!r} and {first[key]!r} are both {key!r} there: which is it?"
 
 
 def _has_any(source, name):

@@ -80,10 +80,12 @@ def by_paths(
             problems.append(f"{name!r} is to be transposed with {axes}, {path!r} has shape {shapes[path]}.")
         else:
             by_path[path] = name, axes
+    return by_path, problems, missing + _unnamed([x for x in needed if x not in by_path], names, known)
+
+
+def _unnamed(unnamed, names, known):
     rest = [name for name in known if name not in names]
-    unnamed = [path for path in needed if path not in by_path]
-    missing += [f"{path!r} has no name in `names`{nearest(path, rest)}." for path in unnamed]
-    return by_path, problems, missing
+    return [f"{path!r} has no name in `names`{nearest(path, rest)}." for path in unnamed]
 
 
 def nearest(name: str, others: Iterable[str]) -> str:

@@ -89,38 +89,37 @@ def resume_torch(
     """
     source = TorchSource(load(checkpoint), order)
     stepped(source.names)  # refuses what is no RMSProp's
-    groups = {entry.number: entry.group for entry in source.names.values()}
-    if new_group is not None and new_group not in groups:
-        raise ValueError(f"Invalid {new_group=}: the checkpoint has the groups {sorted(groups)}.")
-    keys = {path_of(target): source.find(name) for name, target in names.items()}
-    group_of = {path: source.names[key].number for path, key in keys.items() if key is not None}
+    group_of = _groups(source, names, new_group)
     here = paths(params)
     new = [path for path in here if path not in group_of]
-    used = {number for path, number in group_of.items() if path in here} | ({new_group} - {None})
-    settings = _settings(groups, used or groups, learning_rate, convention, ignore)
-    if new and new_group is None and not strict and _differ(*settings.values()):
-        raise ValueError(
-            f"The checkpoint has no {', '.join(map(repr, new))}, and its groups {list(settings)} differ: "
-            "pass new_group=, the number of the one whose hyper-parameters these take."
-        )
+    used = {number for path, number in group_of.items() if path in here}
+    settings = _settings(source, used | ({new_group} - {None}), learning_rate, convention, ignore)
+    if new and new_group is None and not strict:
+        _check_alike(new, settings)
     tx = _partition(group_of, settings, params, new_group if new else None)
     return tx, carry(tx.init(params), params, names, source, count=count, strict=strict, report=report)
 
 
-def _differ(first, *rest):
-    return any(one != first for one in rest)
+def _groups(source, names, new_group):
+    """The number of each parameter's group, by its path."""
+    numbers = {entry.number for entry in source.names.values()}
+    if new_group is not None and new_group not in numbers:
+        raise ValueError(f"Invalid {new_group=}: the checkpoint has the groups {sorted(numbers)}.")
+    keys = {path_of(target): source.find(name) for name, target in names.items()}
+    return {path: source.names[key].number for path, key in keys.items() if key is not None}
 
 
-def _settings(groups, used, learning_rate, convention, ignore):
+def _settings(source, used, learning_rate, convention, ignore):
     """What builds the optimizer of each group that is used: the function, and its arguments."""
+    groups = {entry.number: entry.group for entry in source.names.values()}
     rates = learning_rate if isinstance(learning_rate, list | tuple) else [learning_rate] * len(groups)
     if len(rates) != len(groups):
         raise ValueError(
             f"Invalid learning_rate: {len(rates)} of them, the checkpoint has {len(groups)} groups."
         )
     return {
-        number: _arguments(number, groups[number], rates[number], convention, ignore)
-        for number in sorted(used)
+        number: _arguments(number, groups[number], rates[number], convention, {*ignore})
+        for number in sorted(used or groups)
     }
 
 
@@ -128,20 +127,34 @@ def _arguments(number, group, rate, convention, ignore):
     """What builds the optimizer of a group: the function, and its arguments."""
     function = convention or _convention(group)
     known = inspect.signature(function).parameters
+    is_scaled = rate is not None and group.get("lr_scale", 1) != 1
+    passed = {*known, *_TORCH_ONLY, *_NOTES} - ({"lr_scale"} if is_scaled else set()) | ignore
+    _check_group(number, group, function, known, passed)
+    arguments = {key: plain(key, group[key]) for key in known if key in group and key not in _NOTES}
+    if "max_lr" in known and group.get("max_lr_snapshot") is not None:
+        arguments["max_lr"] = plain("max_lr_snapshot", group["max_lr_snapshot"])
+    return function, arguments | ({} if rate is None else {"lr": rate})
+
+
+def _check_group(number, group, function, known, passed):
+    """Raises ValueError for settings that are missing, or that say something and have no counterpart."""
     if missing := [key for key in _NEEDED if key in known and key not in group]:
         raise ValueError(f"Group {number} of the checkpoint has no {', '.join(map(repr, missing))}.")
-    is_scaled = rate is not None and group.get("lr_scale", 1) != 1
-    passed = {*known, *_TORCH_ONLY, *_NOTES} - ({"lr_scale"} if is_scaled else set()) | {*ignore}
     unknown, found = unknown_in(group, passed)
     if unknown:
         raise ValueError(
             f"Group {number} of the checkpoint has {found}, without counterpart in "
             f"conventions.{function.__name__}: ignore={unknown} passes over it."
         )
-    arguments = {key: plain(key, group[key]) for key in known if key in group and key not in _NOTES}
-    if "max_lr" in known and group.get("max_lr_snapshot") is not None:
-        arguments["max_lr"] = plain("max_lr_snapshot", group["max_lr_snapshot"])
-    return function, arguments | ({} if rate is None else {"lr": rate})
+
+
+def _check_alike(new, settings):
+    first, *rest = settings.values()
+    if any(one != first for one in rest):
+        raise ValueError(
+            f"The checkpoint has no {', '.join(map(repr, new))}, and its groups {list(settings)} differ: "
+            "pass new_group=, the number of the one whose hyper-parameters these take."
+        )
 
 
 def _partition(group_of, settings, params, new_group):
@@ -153,9 +166,7 @@ def _partition(group_of, settings, params, new_group):
         parts[labels[number]] = one
     if new_group is not None:
         labels[None], parts["new"] = "new", settings[new_group]
-    built = {label: function(**arguments) for label, (function, arguments) in parts.items()}
-    if any(jnp.iscomplexobj(x) for x in jax.tree.leaves(params) if hasattr(x, "dtype")):
-        built = {label: optax.contrib.split_real_and_imaginary(tx) for label, tx in built.items()}
+    built = {label: _built(*one, params) for label, one in parts.items()}
     if len(built) == 1:
         return built["group 0"]
 
@@ -163,6 +174,12 @@ def _partition(group_of, settings, params, new_group):
         return labels.get(group_of.get(leaf_name(path)), "group 0")
 
     return optax.partition(built, jax.tree_util.tree_map_with_path(label, params))
+
+
+def _built(function, arguments, params):
+    is_complex = any(jnp.iscomplexobj(x) for x in jax.tree.leaves(params) if hasattr(x, "dtype"))
+    tx = function(**arguments)
+    return optax.contrib.split_real_and_imaginary(tx) if is_complex else tx
 
 
 def _convention(group):

@@ -85,18 +85,22 @@ class KerasSource(Source):
 def _named(short, config):
     """The keys by names: of each of the model's variables, of the iteration and of the learning rate."""
     found: dict = next(filter(None, (_matching(pattern, short) for pattern in _NAMED)), {})
-    kinds = {o: re.sub(r"_\d+$", "", o.rpartition("/")[2]).lower() for o in found}  # "model/adam_1" is adam
-    own = [optimizer for optimizer, kind in kinds.items() if kind not in _OTHERS]
+    own = [optimizer for optimizer in found if _kind(optimizer) not in _OTHERS]
     if len(own) != 1:
         raise ValueError(_not_one(short, found, own, config))
     names, prefix = found[own[0]], own[0] and f"{own[0]}/"
-    if own[0] == "RMSProp":  # tf.compat.v1's, which has a buffer in any case, as the last
-        if not any(m.buffer for m in names.values()):
-            names = {name: Moments(m.square, None, m.mean) for name, m in names.items()}
-        return names, "global_step", None, ("buffer",)
+    if own[0] == "RMSProp":  # tf.compat.v1's, which has a buffer in any case
+        return _in_order(names), "global_step", None, ("buffer",)
     iterations = prefix + "iteration", prefix + "iter", prefix + "_iterations", "iteration"
     rates = prefix + "learning_rate", prefix + "_learning_rate"
     return names, *(next(filter(short.__contains__, keys), None) for keys in (iterations, rates)), ()
+
+
+def _in_order(names):
+    """With the buffer as the last, which stands for the mean where there is none."""
+    if any(m.buffer for m in names.values()):
+        return names
+    return {name: Moments(m.square, None, m.mean) for name, m in names.items()}
 
 
 def _matching(pattern, short):
@@ -128,6 +132,10 @@ def _not_one(short, found, own, config):
 
 def _several(optimizers):
     return f"Invalid variables: they are of several optimizers, {' and '.join(map(repr, optimizers))}."
+
+
+def _kind(optimizer):
+    return re.sub(r"_\d+$", "", optimizer.rpartition("/")[2]).lower()
 
 
 def _counted(matches, short, order, config):
@@ -172,8 +180,11 @@ def _layout(matches, short, config):
     if places != list(range(places[0], places[0] + len(keys))) or (places[0] and not heads):
         raise ValueError(f"Invalid file: it has an optimizer with the variables {places}.")
     # Where they have no names they come first. A schedule is no variable, and in Keras 2 no learning rate is.
-    is_keras2 = "decay" in config or "is_legacy_optimizer" in config
-    has_rate = not (is_keras2 or isinstance(config.get("learning_rate"), Mapping))
-    own = 0 if heads else 1 + has_rate
+    own = 0 if heads else 2 - _is_without_rate(config)
     slots = [keys[place] for place in places]
     return slots[own:], *[*heads, *slots[:own], None, None][:2]
+
+
+def _is_without_rate(config):
+    is_keras2 = "decay" in config or "is_legacy_optimizer" in config
+    return is_keras2 or isinstance(config.get("learning_rate"), Mapping)
