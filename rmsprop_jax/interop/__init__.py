@@ -23,16 +23,20 @@ each state by its own.
 **Names.** `names` maps the other framework's parameter names to paths in the parameters' tree, such as
 ``{"fc.bias": "fc/bias", "fc.weight": ("fc/kernel", (1, 0))}``: the keys and indices on the way to the leaf,
 joined by "/" (:func:`paths` lists them), and for an array that is laid out differently the axes to transpose
-theirs with, as in :func:`jax.numpy.transpose`. :func:`params_from` carries the parameters over by the same
-mapping. Flax NNX's variables hold their array as `value`, which is no part of the path; leaves that are no
-arrays, such as an Equinox module's functions, have none.
+theirs with, as in :func:`jax.numpy.transpose`. Parameters it does not list are not carried over.
+:func:`params_from` carries the parameters over by the same mapping. Flax NNX's variables hold their array as
+`value`, which is no part of the path; leaves that are no arrays, such as an Equinox module's functions, have
+none.
 
 A tree of which two leaves have one path, such as ``{"a": {"b": x}, "a/b": y}``, is refused, naming both.
 
-**In part.** A new head, a frozen layer: with ``strict=False`` a parameter that has no state there, or no name
-in `names`, keeps what is in the tree already, and a parameter there that has no place here is left behind. A
-:class:`Report` of both goes to ``report=``, or into the log. It says too whose accumulators start anew beside
-a count that goes on; a part of :func:`optax.partition` in which all is new keeps its own count.
+**In part.** A new head, a frozen layer: with ``strict=False`` a parameter that has no state there (it was
+never stepped), or no name in `names`, keeps what is in the tree already, and a parameter there that has no
+place here is left behind. A :class:`Report` of both goes to ``report=``; without, it is logged, to
+``logging.getLogger("rmsprop_jax.interop")``, where `strict` is False or `order` alone says in which of
+several groups arrays of one shape are. It says too whose accumulators start anew beside a count that goes on,
+by which `bias_correction` and schedules go; a part of :func:`optax.partition` in which all is new keeps its
+own count.
 
 **With its hyper-parameters.** :func:`resume_torch` and :func:`resume_keras` also build the optimizer, from
 what the other framework's says of itself.

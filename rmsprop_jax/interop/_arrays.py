@@ -11,11 +11,7 @@ from rmsprop_jax._dtypes import dtype_of
 
 
 def as_numpy(x: Any) -> np.ndarray:
-    """A NumPy array of float32 at least, of an array of NumPy, JAX, PyTorch or Keras.
-
-    Raises:
-      ValueError: for what is no array of numbers.
-    """
+    """A NumPy array of float32 at least, of one of NumPy, JAX, PyTorch or Keras; else ValueError."""
     if hasattr(x, "full_tensor"):  # a DTensor of torch.distributed
         x = x.full_tensor()
     if hasattr(x, "detach"):
@@ -29,11 +25,7 @@ def as_numpy(x: Any) -> np.ndarray:
 
 
 def whole_number(x: Any, name: str) -> int:
-    """A count of updates, from a number or an array of one.
-
-    Raises:
-      ValueError: for anything else, naming it.
-    """
+    """A count of updates, from a number or an array of one; ValueError for anything else."""
     try:
         number = as_numpy(x).astype(np.float64).reshape(()).item()
     except ValueError:
@@ -68,11 +60,7 @@ def plain(name: str, value: Any) -> Any:
     return bool(value) if name in ("centered", "maximize") else value
 
 
-def unknown_in(settings: Mapping[str, Any], passed: Collection[str]) -> list[str]:
-    """The settings that say something, but for those that are `passed` over."""
-    return [key for key, x in settings.items() if key not in passed and x is not None and x is not False]
-
-
-def listed(settings: Mapping[str, Any], keys: Collection[str]) -> str:
-    """Some of the settings, for an error."""
-    return ", ".join(f"{key}={settings[key]!r:.60}" for key in keys)
+def unknown_in(settings: Mapping[str, Any], passed: Collection[str]) -> tuple[list[str], str]:
+    """The settings that say something, but for those that are `passed` over, and the same for an error."""
+    keys = [key for key, x in settings.items() if key not in passed and x is not None and x is not False]
+    return keys, ", ".join(f"{key}={settings[key]!r:.60}" for key in keys)

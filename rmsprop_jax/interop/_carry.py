@@ -9,7 +9,7 @@ import numpy as np
 from rmsprop_jax._tree import Tree, leaf_name
 from rmsprop_jax.interop._arrays import placed, whole_number
 from rmsprop_jax.interop._files import Tensors, load
-from rmsprop_jax.interop._match import LOGGER, Reporter, Source, matched, raise_if, tell
+from rmsprop_jax.interop._match import LOGGER, Reporter, Source, hand_over, matched, raise_if
 from rmsprop_jax.interop._moments import Moments, count_reasons, filled, moments_of, older, shapes_of
 from rmsprop_jax.interop._names import Names, by_paths, finder, is_array, paths
 
@@ -26,35 +26,26 @@ def carry(
     strict: bool = True,
     report: Reporter | None = None,
 ) -> Tree:
-    """`state` with what is in `source`; without `names`, its names are paths.
-
-    Raises:
-      ValueError: see `matched` and `count_for`, and for a state of shapes of which a part would be kept.
-    """
+    """`state` with what is in `source`; without `names`, its names are paths."""
     count = count_for(state, count, source)
     needed, pairs, shapes = _needed(state, params)
     names = {path: path for path in shapes} if names is None else names
-    found, told = matched(needed, shapes, names, source, strict, pairs)
-    if told.kept and any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
-        kept = ", ".join(map(repr, told.kept))
+    found, made = matched(needed, shapes, names, source, strict, pairs)
+    if made.kept and any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
+        kept = ", ".join(map(repr, made.kept))
         raise ValueError(
             f"Invalid state: it is only shapes, and {kept} keep what is in it: pass tx.init(params)."
         )
     state = filled(state, _split(found, pairs), count)
-    aged = older(state, told.kept)
-    tell(told._replace(older=aged, updates=count if aged else 0, groups=source.groups), report, strict)
+    aged = older(state, made.kept)
+    hand_over(made._replace(older=aged, updates=count if aged else 0, groups=source.groups), report, strict)
     return state
 
 
 def outward(
     state: Tree, params: Tree, names: Names, source: Source, strict: bool = True
 ) -> tuple[dict[str, Moments], int]:
-    """The moments in `state` by the names in `source`, laid out and scaled as there, and the count.
-
-    Raises:
-      ValueError: listing every path without a name, and every name that `source` does not know; not with
-        ``strict=False``.
-    """
+    """The moments in `state` by the names in `source`, laid out and scaled as there, and the count."""
     arrays, count = moments_of(state)
     needed, pairs, shapes = _needed(state, params)
     by_path, problems, missing = by_paths(names, shapes, needed, source.names)
@@ -75,8 +66,7 @@ def outward(
 def count_for(state: Tree, count: Any, source: Source) -> int:
     """How many updates there were: `count`, the caller's, or what `source` says.
 
-    Raises:
-      ValueError: where neither says, and something in `state` depends on it or the source has to.
+    Where neither says, it is an error if something in `state` depends on it, or the source has to say.
     """
     found = source.count
     if count is not None:
@@ -163,14 +153,9 @@ def params_from(
 
     Args:
       tensors: arrays of NumPy, PyTorch or Keras by their name, such as ``model.state_dict()``, or the path
-        of a file of them, see the module; of a checkpoint its `state_dict`, `model_state_dict` or `model`.
-        What `names` does not list is not transferred.
-      params: the tree to fill; dtypes and shardings are its arrays'. Leaves that are no arrays, such as an
-        Equinox module's functions, stay as they are.
-      names: from their names to paths in `params`, see the module.
-      strict: False leaves arrays that have no name in `names`, or nothing under it there, as they are.
-      report: called with the :class:`Report` of what was carried over; by default it is logged where
-        `strict` is False.
+        of a file of them; of a checkpoint its `state_dict`, `model_state_dict` or `model`.
+      params: the tree to fill; dtypes and shardings are its arrays'. Leaves that are no arrays stay.
+      names, strict, report: as for :func:`from_torch`.
 
     Returns:
       A tree as `params`.
@@ -189,13 +174,16 @@ def params_from(
     """
     shapes = paths(params)
     needed = {path: Weight(shape) for path, shape in shapes.items()}
-    found, told = matched(needed, shapes, names, Weights(_model(load(tensors))), strict)
+    loaded = load(tensors)
+    nests = [key for key in _NESTS if isinstance(loaded.get(key), Mapping)]
+    source = Weights(loaded[nests[0]] if len(nests) == 1 else loaded)
+    found, made = matched(needed, shapes, names, source, strict)
 
     def filled(path, p):
         name = leaf_name(path)
         return placed(found[name][0], p) if is_array(p) and name in found else p
 
-    tell(told, report, strict)
+    hand_over(made, report, strict)
     return jax.tree_util.tree_map_with_path(filled, params)
 
 
@@ -216,8 +204,3 @@ class Weights(Source):
 
     def arrays(self, name: str) -> tuple:
         return Weight(self.names[name])
-
-
-def _model(loaded):
-    nests = [key for key in _NESTS if isinstance(loaded.get(key), Mapping)]
-    return loaded[nests[0]] if len(nests) == 1 else loaded

@@ -30,21 +30,13 @@ _OTHERS = {
 
 
 class Entry(NamedTuple):
-    """One parameter of the optimizer's.
+    """One parameter of the optimizer's."""
 
-    Attributes:
-      state: its own, empty where it has none.
-      key: by which PyTorch's `state` has it.
-      group: the hyper-parameters of its group.
-      number: of its group.
-      is_ordered: whether `order` named it.
-    """
-
-    state: Mapping[str, Any]
-    key: Any
-    group: Mapping[str, Any]
-    number: int
-    is_ordered: bool = False
+    state: Mapping[str, Any]  # empty where it has none
+    key: Any  # by which PyTorch's `state` has it
+    group: Mapping[str, Any]  # the hyper-parameters of its group
+    number: int  # of its group
+    is_ordered: bool = False  # whether `order` named it
 
 
 Order = Sequence[str] | Sequence[Sequence[str]]
@@ -57,63 +49,50 @@ ADVICE = (
 
 
 def entries_of(checkpoint: Any, order: Order | None = None) -> dict[str, Entry]:
-    """Each parameter of the optimizer's by its name.
-
-    Raises:
-      ValueError: for what is no optimizer's state, saying what it is, and for a missing or wrong `order`.
-    """
+    """Each parameter of the optimizer's by its name."""
     optimizer_state = _unwrapped(checkpoint, "optimizer_state")
     if "param_groups" not in optimizer_state:
         return _numbered(_flat(optimizer_state), order)
     groups, states = optimizer_state["param_groups"], optimizer_state["state"]
     _check(groups, states)
-    entries = []
+    by_name: dict[str, Entry] = {}
     for number, (group, names) in enumerate(zip(groups, _names(groups, order), strict=True)):
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        rest = settings, number, _own_names(group) is None
-        entries += [
-            (n, Entry(states.get(k, {}), k, *rest)) for n, k in zip(names, group["params"], strict=True)
-        ]
-    return _by_name(entries)
+        is_ordered = _own_names(group) is None
+        for name, key in zip(names, group["params"], strict=True):
+            if name in by_name:
+                raise ValueError(f"Invalid optimizer_state: it has two parameters named {name!r}.")
+            by_name[name] = Entry(states.get(key, {}), key, settings, number, is_ordered)
+    return by_name
 
 
 def _check(groups, states):
-    if not (isinstance(groups, list | tuple) and all(_is_list(x, "params") for x in groups)):
+    def is_group(x):
+        return isinstance(x, Mapping) and isinstance(x.get("params"), list | tuple)
+
+    if not (isinstance(groups, list | tuple) and all(map(is_group, groups))):
         raise ValueError("Invalid optimizer_state: its param_groups are no list of groups with 'params'.")
     if not (isinstance(states, Mapping) and all(isinstance(x, Mapping) for x in states.values())):
         raise ValueError("Invalid optimizer_state: its 'state' is no dictionary of dictionaries.")
-
-
-def _by_name(entries):
-    by_name: dict[str, Entry] = {}
-    for name, entry in entries:
-        if by_name.setdefault(name, entry) is not entry:
-            raise ValueError(f"Invalid optimizer_state: it has two parameters named {name!r}.")
-    return by_name
 
 
 def groups_in_doubt(entries: Mapping[str, Entry], order: Order | None) -> tuple[tuple[str, ...], ...]:
     """The names by group, where `order` alone says so, and another could have been meant: `Report.groups`."""
     if order is None or _is_by_group(order) or not all(entry.is_ordered for entry in entries.values()):
         return ()
-    kinds = {
-        (tuple(getattr(entry.state.get("square_avg"), "shape", ())), entry.number)
-        for entry in entries.values()
-        if entry.state
-    }
-    if len({shape for shape, _ in kinds}) == len(kinds):
-        return ()
     names: dict[int, tuple[str, ...]] = {}
+    kinds = set()
     for name, entry in entries.items():
         names[entry.number] = (*names.get(entry.number, ()), name)
-    return tuple(names.values())
+        if entry.state:
+            kinds.add((tuple(getattr(entry.state.get("square_avg"), "shape", ())), entry.number))
+    return tuple(names.values()) if len({shape for shape, _ in kinds}) < len(kinds) else ()
 
 
 def stepped(entries: Mapping[str, Entry]) -> int | None:
     """The number of updates so far, the most of any parameter; None where none says.
 
-    Raises:
-      ValueError: for an optimizer that is none of RMSProp's, or has no state at all.
+    An optimizer that is none of RMSProp's, or has no state at all, is refused.
     """
     states = [entry.state for entry in entries.values() if entry.state]
     if not states:
@@ -138,7 +117,7 @@ def _unwrapped(checkpoint, place):
         return _unwrapped(value, place if key is None else f"{place}[{key!r}]")
     hint = " or ".join(f"{place}{where}" for where in _places(checkpoint))
     raise ValueError(
-        f"Invalid {place}: it is {_what(checkpoint)}, expected optimizer.state_dict()"
+        f"Invalid {place}: it is {_described(checkpoint)}, expected optimizer.state_dict()"
         f"{hint and f': pass {hint}'}."
     )
 
@@ -162,10 +141,6 @@ def _is_state(x):
     )
 
 
-def _is_list(x, key):
-    return isinstance(x, Mapping) and isinstance(x.get(key), list | tuple)
-
-
 def _starts(key, prefix):
     return isinstance(key, str) and key.startswith(prefix)
 
@@ -181,8 +156,8 @@ def _places(x: Any, depth: int = 4) -> Iterator[str]:
                 yield f"[{key!r}]{place}"
 
 
-def _what(x):
-    """What something is that is no optimizer's state."""
+def _described(x):
+    """A value that is no optimizer's state, for an error."""
     if not isinstance(x, Mapping):
         return f"a {type(x).__name__}" + (f" of {len(x)}" if isinstance(x, list | tuple) else "")
     if not x:
@@ -207,9 +182,9 @@ def _flat(state):
     settings: dict[str, dict[str, Any]] = {}
     for key, value in state.items():
         for kind, entries in (("state.", states), ("param_groups.", settings)):
-            name, _, what = key.removeprefix(kind).rpartition(".") if _starts(key, kind) else ("", "", "")
+            name, _, field = key.removeprefix(kind).rpartition(".") if _starts(key, kind) else ("", "", "")
             if name:
-                entries.setdefault(name, {})[what] = value
+                entries.setdefault(name, {})[field] = value
     numbers: dict[str, int] = {}
     flat = {}
     for name in dict.fromkeys([*states, *settings]):
@@ -238,18 +213,13 @@ def _names(groups, order):
         return own
     names = _by_group(groups, order)
     for number, (given, known) in enumerate(zip(names, own, strict=True)):
-        _confirm(number, given, given if known is None else known)
+        for ours, theirs in zip(given, given if known is None else known, strict=True):
+            if bare(ours) != bare(theirs):
+                raise ValueError(
+                    f"order has {ours!r} where group {number} of the checkpoint says {theirs!r}: "
+                    "leave order= out, the checkpoint has the names."
+                )
     return names
-
-
-def _confirm(number, given, known):
-    """Raises ValueError for a group's names that are not those that the checkpoint has."""
-    for ours, theirs in zip(given, known, strict=True):
-        if bare(ours) != bare(theirs):
-            raise ValueError(
-                f"order has {ours!r} where group {number} of the checkpoint says {theirs!r}: "
-                "leave order= out, the checkpoint has the names."
-            )
 
 
 def _by_group(groups, order):

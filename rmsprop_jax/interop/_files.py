@@ -17,7 +17,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,7 @@ _HDF5 = (".h5", ".hdf5")
 
 
 def load(tensors: Tensors) -> Mapping[str, Any]:
-    """The dictionary itself, or the contents of a file.
-
-    Raises:
-      ValueError: for a file that is of another kind, or cut or altered.
-      ImportError: where the package that reads the file is not installed.
-    """
+    """The dictionary itself, or the contents of a file; ImportError without the package that reads it."""
     if not isinstance(tensors, str | os.PathLike):
         return tensors
     path = os.fspath(tensors)
@@ -50,31 +45,23 @@ def load(tensors: Tensors) -> Mapping[str, Any]:
         raise ValueError(f"Invalid file: {path!r} cannot be read: {reason:.1000}.") from error
 
 
-def is_keras_file(tensors: Any) -> bool:
-    """Whether it is the path of a file of Keras's."""
-    return isinstance(tensors, str | os.PathLike) and os.fspath(tensors).endswith((".keras", *_HDF5))
-
-
-def keras_config(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
-    """What a `.keras` or `.h5` file says of its optimizer, ``{"class_name": ..., "config": ...}``, or None.
-
-    Raises:
-      ValueError: as :func:`load`.
-    """
-    path = os.fspath(path)
+def keras_config(tensors: Tensors) -> Mapping[str, Any] | None:
+    """The ``{"class_name": ..., "config": ...}`` of the optimizer in a `.keras` or `.h5` file, or None."""
+    path = os.fspath(tensors) if isinstance(tensors, str | os.PathLike) else ""
+    config = None
     try:
         if path.endswith(".keras"):
             with zipfile.ZipFile(path) as archive:
                 compiled = json.loads(archive.read("config.json")).get("compile_config") or {}
             config = compiled.get("optimizer")
-        else:
+        elif path.endswith(_HDF5):
             with _package("h5py", path).File(path, "r") as file:
                 config = json.loads(file.attrs.get("training_config", "{}")).get("optimizer_config")
-        return config if isinstance(config, Mapping) else None
     except (ImportError, FileNotFoundError):
         raise
     except Exception as error:
         raise ValueError(f"Invalid file: the configuration in {path!r} cannot be read: {error}") from error
+    return config if isinstance(config, Mapping) else None
 
 
 def _reader(path):
@@ -87,14 +74,10 @@ def _reader(path):
         raise ValueError(_tensorflow(path, "SavedModel", os.path.join(path, "variables", "variables")))
     if (prefix := re.sub(r"\.(index|data-\d+-of-\d+)$", "", path)) != path or os.path.exists(f"{path}.index"):
         raise ValueError(_tensorflow(path, "checkpoint", prefix))
-    for ends, reader in (
-        ((".safetensors",), _safetensors),
-        (_TORCH, _torch),
-        ((".keras",), _keras),
-        (_HDF5, _hdf5),
-    ):
-        if path.endswith(ends):
-            return reader
+    readers: dict[str, Callable[[str], Any]] = {".safetensors": _safetensors, ".keras": _keras}
+    readers |= dict.fromkeys(_TORCH, _torch) | dict.fromkeys(_HDF5, _hdf5)
+    if reader := readers.get(os.path.splitext(path)[1]):
+        return reader
     raise ValueError(
         f"Invalid file: {path!r}, expected a dictionary of arrays or a file that ends with .safetensors, "
         f"{', '.join(_TORCH)}, .keras or .h5."

@@ -9,12 +9,12 @@ import optax
 
 from rmsprop_jax import conventions
 from rmsprop_jax._tree import Tree
-from rmsprop_jax.interop._arrays import as_numpy, listed, plain, unknown_in
+from rmsprop_jax.interop._arrays import as_numpy, plain, unknown_in
 from rmsprop_jax.interop._carry import carry, outward
-from rmsprop_jax.interop._files import Tensors, is_keras_file, keras_config, load
+from rmsprop_jax.interop._files import Tensors, keras_config, load
 from rmsprop_jax.interop._match import Reporter, raise_if
 from rmsprop_jax.interop._names import Names
-from rmsprop_jax.interop._variables import KerasSource, rmsprop_config
+from rmsprop_jax.interop._variables import KerasSource
 from rmsprop_jax.optimizer import rmsprop
 
 _KERAS_ONLY = ("name", "use_ema", "ema_momentum", "loss_scale_factor", "jit_compile")
@@ -46,7 +46,6 @@ def from_keras(
       params: the parameters.
       names: from the paths of the model's variables, such as "sequential/dense/kernel", to paths in `params`,
         also as a file of Keras 2 ("dense/kernel:0") or a checkpoint ("layer_with_weights-0/kernel") has them.
-        Parameters it does not list are not transferred.
       order: for a `.keras` or `.weights.h5` file, in which the optimizer's variables have no names:
         ``[v.path for v in model.trainable_variables]``.
       config: for a `.weights.h5` file, which has none: ``optimizer.get_config()``.
@@ -197,10 +196,10 @@ def _check_config(config, known, has_rate):
         "decay": has_rate or not config.get("decay"),
     }
     passed = {*known, *_KERAS_ONLY, *(key for key, is_so in without_effect.items() if is_so)}
-    if unknown := unknown_in(config, passed):
+    unknown, found = unknown_in(config, passed)
+    if unknown:
         hint = ": decay divides the learning rate by 1 + decay * count, pass such a learning_rate="
         hint = hint if "decay" in unknown else ""
-        found = listed(config, unknown)
         raise ValueError(f"Invalid config: {found} has no counterpart in conventions.keras{hint}.")
 
 
@@ -218,5 +217,17 @@ def _keras_rate(source, config):
 
 
 def _config_of(variables, config):
-    """The RMSprop's configuration, the caller's or that of the file."""
-    return rmsprop_config(keras_config(variables) if config is None and is_keras_file(variables) else config)
+    """The arguments of the RMSprop in the caller's configuration, or in that of the file, if any."""
+    inner = keras_config(variables) if config is None else config
+    if inner is None:
+        return None
+    while isinstance(inner.get("config"), Mapping) or isinstance(inner.get("inner_optimizer"), Mapping):
+        name = inner.get("class_name")
+        inner = inner["config"] if isinstance(inner.get("config"), Mapping) else inner["inner_optimizer"]
+        if name not in (None, "RMSprop", "Custom>RMSprop", "LossScaleOptimizer"):
+            raise ValueError(f"Invalid config: it is that of {name}, expected RMSprop's.")
+    if "rho" not in inner:
+        raise ValueError(
+            f"Invalid config: it has {', '.join(map(repr, inner))}, expected RMSprop's, with 'rho'."
+        )
+    return inner

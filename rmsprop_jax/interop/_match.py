@@ -14,27 +14,18 @@ LOGGER = logging.getLogger("rmsprop_jax.interop")
 
 
 class Source(Protocol):
-    """Another framework's optimizer, or its weights: one class for each dialect.
+    """Another framework's optimizer, or its weights: one class for each dialect."""
 
-    Attributes:
-      labels: its words for what it has of a parameter, a `Moments` of an optimizer.
-      names: of its parameters.
-      find: says which of `names` a name is that the user wrote, None if none.
-      count: the number of its updates so far, None where it does not say.
-      needs_count: whether a count that it does not say is asked for in any case.
-      spare: fields of `labels` that it has whether it uses them or not.
-      groups: as in :class:`Report`.
-    """
-
-    labels: Any
-    names: Collection[str]
-    find: Callable[[str], str | None]
-    needs_count: bool = True
-    spare: Collection[str] = ()
-    groups: tuple[tuple[str, ...], ...] = ()
+    labels: Any  # its words for the arrays that it has of a parameter, a `Moments` of an optimizer
+    names: Collection[str]  # of its parameters
+    find: Callable[[str], str | None]  # which of `names` a name is that the user wrote, None if none
+    needs_count: bool = True  # whether the count is asked for in any case where it does not say
+    spare: Collection[str] = ()  # fields of `labels` that it has whether it uses them or not
+    groups: tuple[tuple[str, ...], ...] = ()  # as in `Report`
 
     @property
-    def count(self) -> int | None: ...
+    def count(self) -> int | None:
+        """The number of its updates so far, None where it does not say."""
 
     def arrays(self, name: str) -> tuple:
         """What it has of one of its parameters, as `labels`, None for what it has not."""
@@ -91,7 +82,7 @@ class Report(NamedTuple):
 Reporter = Callable[[Report], object]
 
 
-def tell(report: Report, reporter: Reporter | None, strict: bool) -> None:
+def hand_over(report: Report, reporter: Reporter | None, strict: bool) -> None:
     """Hands the report over; without anybody to take it, logs one that is not strict or has a doubt."""
     if reporter is not None:
         reporter(report)
@@ -114,17 +105,11 @@ def matched(
 ) -> tuple[dict[str, tuple], Report]:
     """The arrays that are needed, laid out as here, by path.
 
-    Args:
-      needed: the shapes of each path's arrays, None for one that is not needed.
-      shapes: of all parameters.
-      names: from their names to paths.
-      source: where the arrays come from.
-      strict: whether every parameter has to have a name, a place and a state.
-      pairs: the paths of complex parameters that are two reals, here as there.
+    `needed` has the shapes of each path's arrays, None for one that is not needed, `shapes` those of all
+    parameters, `pairs` the paths of complex parameters that are two reals here.
 
-    Raises:
-      ValueError: listing all that is missing, left over or misshapen; with ``strict=False`` all that is there
-        in part or does not fit, or that nothing at all is left.
+    All that is missing, left over or misshapen is one error; with ``strict=False`` only what is there in part
+    or does not fit, or that nothing at all is left.
     """
     by_path, problems, missing = by_paths(names, shapes, needed, source.names)
     keys = {path: source.find(name) for path, (name, _) in by_path.items()}
@@ -166,12 +151,12 @@ def _fitted(source, name, path, shapes, axes, is_complex):
     fields = zip(source.labels._fields, source.labels, source.arrays(name), shapes, strict=True)
     for field, label, array, shape in fields:
         fitted = None
-        if (array is None) != (shape is None):
-            if array is None:
-                problems.append(f"no {label}, which {path!r} needs")
-            elif field not in source.spare:
+        if shape is None:
+            if array is not None and field not in source.spare:
                 problems.append(f"{_a(label)}, for which this optimizer has no place")
-        elif shape is not None:
+        elif array is None:
+            problems.append(f"no {label}, which {path!r} needs")
+        else:
             try:
                 fitted = _laid_out(as_numpy(array), path, shape, axes)
                 if field in Moments._fields:
@@ -185,11 +170,7 @@ def _fitted(source, name, path, shapes, axes, is_complex):
 
 
 def _laid_out(array, path, shape, axes):
-    """An array of the other framework's as here.
-
-    Raises:
-      ValueError: for one of another shape, with what to say of it.
-    """
+    """An array of the other framework's as here; ValueError for another shape, with what to say of it."""
     is_turned = axes is not None and array.ndim == len(axes)
     expected = tuple(shape[axes.index(i)] for i in range(len(axes))) if is_turned else tuple(shape)
     if array.shape != expected:

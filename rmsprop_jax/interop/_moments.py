@@ -18,17 +18,11 @@ from rmsprop_jax.interop._arrays import as_numpy, cast, placed
 
 
 class Moments(NamedTuple):
-    """What an optimizer keeps for a parameter: arrays, or what stands for them; None for what it does not.
+    """What an optimizer keeps for a parameter: arrays, or what stands for them; None for what it does not."""
 
-    Attributes:
-      square: the mean of squared gradients, E[g^2], also where centred.
-      mean: the mean of gradients, E[g], where centred.
-      buffer: the momentum buffer.
-    """
-
-    square: Any = None
-    mean: Any = None
-    buffer: Any = None
+    square: Any = None  # the mean of squared gradients, E[g^2], also where centred
+    mean: Any = None  # the mean of gradients, E[g], where centred
+    buffer: Any = None  # of momentum
 
 
 def shapes_of(state: Tree) -> dict[str, Moments]:
@@ -37,11 +31,7 @@ def shapes_of(state: Tree) -> dict[str, Moments]:
 
 
 def moments_of(state: Tree) -> tuple[dict[str, Moments], int | None]:
-    """The moments and momentum buffers in a state, and the number of updates so far, None if it has none.
-
-    Raises:
-      ValueError: where there is no RMSProp in it, or codes that no accumulator is known for.
-    """
+    """The moments and momentum buffers in a state, and the number of updates so far, None if it has none."""
     nodes = _nodes(state)
     if not any(map(is_rms_state, nodes)):
         raise ValueError("The state has no RMSProp in it.")

@@ -97,23 +97,26 @@ class OptaxSource(Source):
 def _accumulated(state, source):
     """`state` with what each `optax.MultiSteps` in `source` has gathered."""
 
-    def kept(x):
-        return jax.tree.map(np.shape, x.acc_grads)
+    def found(tree):
+        return list(filter(is_multi_steps, jax.tree.leaves(tree, is_leaf=is_multi_steps)))
 
-    leaves, treedef = jax.tree.flatten(state, is_leaf=is_multi_steps)
-    theirs = list(filter(is_multi_steps, jax.tree.leaves(source, is_leaf=is_multi_steps)))
-    ours = list(filter(is_multi_steps, leaves))
-    if list(map(kept, theirs)) != list(map(kept, ours)):
+    def shapes(nodes):
+        return [jax.tree.map(np.shape, x.acc_grads) for x in nodes]
+
+    theirs = found(source)
+    if shapes(theirs) != shapes(found(state)):
         if steps := [int(x.mini_step) for x in theirs if int(x.mini_step)]:
             raise ValueError(
                 f"The states do not fit: one is at mini_step {steps[0]} of optax.MultiSteps, its acc_grads "
                 "half full, and the other has no place for them: finish the update, or wrap it in one too."
             )
         return state
-    fields, sources = ("mini_step", "acc_grads"), iter(theirs)
-    for i, node in enumerate(leaves):
-        if is_multi_steps(node):
-            other = next(sources)
-            new = {x: jax.tree.map(placed, getattr(other, x), getattr(node, x)) for x in fields}
-            leaves[i] = node._replace(**new)
-    return jax.tree.unflatten(treedef, leaves)
+    others = iter(theirs)
+
+    def with_gathered(node):
+        if not is_multi_steps(node):
+            return node
+        other, fields = next(others), ("mini_step", "acc_grads")
+        return node._replace(**{x: jax.tree.map(placed, getattr(other, x), getattr(node, x)) for x in fields})
+
+    return jax.tree.map(with_gathered, state, is_leaf=is_multi_steps)

@@ -10,7 +10,7 @@ import optax
 
 from rmsprop_jax import conventions
 from rmsprop_jax._tree import Tree, leaf_name
-from rmsprop_jax.interop._arrays import listed, plain, unknown_in
+from rmsprop_jax.interop._arrays import plain, unknown_in
 from rmsprop_jax.interop._carry import carry
 from rmsprop_jax.interop._checkpoints import Order, stepped
 from rmsprop_jax.interop._files import Tensors, load
@@ -140,9 +140,10 @@ def _check_group(number, group, function, known, passed):
     """Raises ValueError for settings that are missing, or that say something and have no counterpart."""
     if missing := [key for key in _NEEDED if key in known and key not in group]:
         raise ValueError(f"Group {number} of the checkpoint has no {', '.join(map(repr, missing))}.")
-    if unknown := unknown_in(group, passed):
+    unknown, found = unknown_in(group, passed)
+    if unknown:
         raise ValueError(
-            f"Group {number} of the checkpoint has {listed(group, unknown)}, without counterpart in "
+            f"Group {number} of the checkpoint has {found}, without counterpart in "
             f"conventions.{function.__name__}: ignore={unknown} passes over it."
         )
 
@@ -159,16 +160,19 @@ def _check_alike(new, settings):
 def _partition(group_of, settings, params, new_group):
     """The optimizer of all parameters: one part for each kind of group, and one for new parameters."""
     parts: dict[str, tuple[Any, dict[str, Any]]] = {}
-    labels = {number: _label(one, parts) for number, one in settings.items()}
+    labels = {}
+    for number, one in settings.items():
+        labels[number] = next((x for x, other in parts.items() if other == one), f"group {len(parts)}")
+        parts[labels[number]] = one
     if new_group is not None:
         labels[None], parts["new"] = "new", settings[new_group]
-    if len(parts) == 1:
-        return _built(*parts["group 0"], params)
+    built = {label: _built(*one, params) for label, one in parts.items()}
+    if len(built) == 1:
+        return built["group 0"]
 
     def label(path, _):  # if strict, `carry` lists what is missing
         return labels.get(group_of.get(leaf_name(path)), "group 0")
 
-    built = {label: _built(*one, params) for label, one in parts.items()}
     return optax.partition(built, jax.tree_util.tree_map_with_path(label, params))
 
 
@@ -176,13 +180,6 @@ def _built(function, arguments, params):
     is_complex = any(jnp.iscomplexobj(x) for x in jax.tree.leaves(params) if hasattr(x, "dtype"))
     tx = function(**arguments)
     return optax.contrib.split_real_and_imaginary(tx) if is_complex else tx
-
-
-def _label(one, parts):
-    """The label of a kind of group among `parts`, to which a new one is added."""
-    label = next((label for label, other in parts.items() if other == one), f"group {len(parts)}")
-    parts.setdefault(label, one)
-    return label
 
 
 def _convention(group):

@@ -32,12 +32,11 @@ def from_torch(
     Args:
       optimizer_state: ``optimizer.state_dict()``, or its form by names or flat,
         ``{"state.fc.weight.square_avg": ...}``, as `torch.distributed.checkpoint` and FSDP have it; what
-        Lightning, Accelerate and others put around it; or the path of a file of any of these, see the module.
+        Lightning, Accelerate and others put around it; or the path of a file of any of these.
       state: what ``init`` returns for the target optimizer, such as `conventions.torch`'s.
       params: the parameters.
-      names: from PyTorch's parameter names to paths in `params`, see the module. Parameters it does not list
-        are not transferred. What `torch.compile`, DDP and FSDP put before a name (`_orig_mod.`, `module.`)
-        may be there or not.
+      names: from PyTorch's parameter names to paths in `params`. What `torch.compile`, DDP and FSDP put
+        before a name (`_orig_mod.`, `module.`) may be there or not.
       order: the names of the parameters in the optimizer's order, by which its state counts them: group after
         group, not as ``named_parameters()``. With ``names = {p: n for n, p in model.named_parameters()}``
         it is ``[[names[p] for p in group["params"]] for group in optimizer.param_groups]``, a list for each
@@ -49,13 +48,8 @@ def from_torch(
       lr_in_momentum: whether the learning rate is in the buffer of the target optimizer, the argument
         of :func:`rmsprop_jax.rmsprop`; by default as in PyTorch's, where only timm's has it in.
       count: number of updates so far, where the state does not say; by default its largest `step`.
-      strict: False leaves parameters that have no state there (a new head, a frozen layer, one that was never
-        stepped) or no name in `names` as they are in `state`. So does the count of a part of
-        :func:`optax.partition` in which there are no others; elsewhere the count that is carried over holds
-        for them too, to which `bias_correction` and schedules go by.
-      report: called with the :class:`Report` of what was carried over; by default it is logged, to
-        ``logging.getLogger("rmsprop_jax.interop")``, where `strict` is False or `order` alone says in which
-        of several groups arrays of one shape are.
+      strict, report: whether all has to have a name and a state, and who is called with the :class:`Report`:
+        "In part" in the module.
 
     Returns:
       A state as `state`. Its `nu` is a variance where it is centred, at least 0.

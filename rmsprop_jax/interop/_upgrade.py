@@ -60,9 +60,7 @@ def _upgraded(like, old, path):
             raise _misfit(_described(old), _described(like), path)
         return old if isinstance(old, jax.Array) else placed(old, like)
     entries, children = _entries_as_now(like, old, path), _entries(like)
-    missing = [x for name, x in children.items() if name not in entries]
-    extra = [x for name, x in entries.items() if name not in children]
-    if jax.tree.leaves((missing, extra)):
+    if jax.tree.leaves([(entries | children)[name] for name in entries.keys() ^ children.keys()]):
         raise _misfit(_described(old), _described(like), path)
     new = [_upgraded(x, entries.get(name), (*path, name)) for name, x in children.items()]
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=lambda x: x is not like), new)

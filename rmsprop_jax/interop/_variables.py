@@ -43,20 +43,9 @@ _OTHERS = (
 class KerasSource(Source):
     """The variables of one RMSprop among `variables`, which may have others.
 
-    Args:
-      variables: by their names, or their places in a file.
-      order: the paths of the model's trainable variables, for places.
-      config: the RMSprop's own, for places.
-      rate: the learning rate of the next step, by default the variable's.
-      lr_in_momentum: whether the learning rate is in our momentum buffer.
-
-    Attributes:
-      names: the keys in `variables`, by the model's variable.
-      iteration: that of the number of updates, None if there is none.
-      rate: as given or, by default, the variable's; None if there is none.
-
-    Raises:
-      ValueError: for the variables of another optimizer, of two of them, or that do not say what they are.
+    `order`, the paths of the model's trainable variables, and `config`, the RMSprop's own, are for variables
+    that have no names. `names` has the keys in `variables` for each of the model's variables, `iteration` is
+    the key of the number of updates, and `rate` the next step's learning rate, as given or the variable's.
     """
 
     labels = Moments("velocity", "average_gradient", "momentum")
@@ -91,27 +80,6 @@ class KerasSource(Source):
 
     def factor(self, name: str) -> float:
         return buffer_factor(True, self._lr_in_momentum, None if self.rate is None else as_numpy(self.rate))
-
-
-def rmsprop_config(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The arguments of the RMSprop in ``keras.optimizers.serialize(optimizer)``, or these themselves.
-
-    Raises:
-      ValueError: for another optimizer.
-    """
-    if config is None:
-        return None
-    inner = config
-    while isinstance(inner.get("config"), Mapping) or isinstance(inner.get("inner_optimizer"), Mapping):
-        name = inner.get("class_name")
-        inner = inner["config"] if isinstance(inner.get("config"), Mapping) else inner["inner_optimizer"]
-        if name not in (None, "RMSprop", "Custom>RMSprop", "LossScaleOptimizer"):
-            raise ValueError(f"Invalid config: it is that of {name}, expected RMSprop's.")
-    if "rho" not in inner:
-        raise ValueError(
-            f"Invalid config: it has {', '.join(map(repr, inner))}, expected RMSprop's, with 'rho'."
-        )
-    return inner
 
 
 def _named(short, config):
@@ -180,7 +148,15 @@ def _counted(matches, short, order, config):
             "Keras' file counts the optimizer's variables and does not name them: "
             "pass order=[v.path for v in model.trainable_variables]."
         )
-    fields, count = _fields(config), len(order)
+    # What Keras makes for each of the model's variables, in its order, also what is not carried over.
+    made = {
+        "ema": config.get("use_ema"),
+        "accumulated": config.get("gradient_accumulation_steps"),
+        "square": True,
+        "buffer": config.get("momentum"),
+        "mean": config.get("centered"),
+    }
+    fields, count = [field for field, is_made in made.items() if is_made], len(order)
     if len(slots) != len(fields) * count:
         advice = "" if config else "; its configuration, a .keras file's or config=, says which"
         raise ValueError(
@@ -212,15 +188,3 @@ def _layout(matches, short, config):
 def _is_without_rate(config):
     is_keras2 = "decay" in config or "is_legacy_optimizer" in config
     return is_keras2 or isinstance(config.get("learning_rate"), Mapping)
-
-
-def _fields(config):
-    """What Keras makes for each of the model's variables, in its order, also what is not carried over."""
-    made = {
-        "ema": config.get("use_ema"),
-        "accumulated": config.get("gradient_accumulation_steps"),
-        "square": True,
-        "buffer": config.get("momentum"),
-        "mean": config.get("centered"),
-    }
-    return [field for field, is_made in made.items() if is_made]
