@@ -131,7 +131,7 @@ def trained(tx, mesh=None, spec=None, zero=False, steps=20):
     if mesh is not None:
         params = placed(params, mesh, spec)
         batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    state, layout = jax.jit(tx.init)(params), None
+    state, layout = tx.init(params), None  # jitted, Optax's Adam would place it on one device
     if mesh is not None:
         on_all = NamedSharding(mesh, PartitionSpec())
         in_parts = state_sharding(tx, params, mesh, "data")
