@@ -209,6 +209,15 @@ def test_a_part_of_its_own_starts_a_new_head_at_its_own_count():
     np.testing.assert_array_equal(updates["head"], expected["head"])
 
 
+def test_a_new_complex_head_is_reported_where_it_is_two_leaves():
+    tx = optax.contrib.split_real_and_imaginary(rmsprop(0.1, bias_correction=True))
+    params = {**PARAMS, "head": jnp.ones(2, jnp.complex64)}
+    reports = []
+    arguments = checkpoint(), tx.init(params), params, {"w": "w"}
+    interop.from_torch(*arguments, strict=False, report=reports.append)
+    assert (reports[0].kept, reports[0].older) == (("head",), ("head",))
+
+
 def test_resume_makes_the_part_of_a_new_head():
     schedule = optax.linear_schedule(0.0, 1.0, 10)
     arguments = checkpoint(), PARAMS, {"w": "w"}

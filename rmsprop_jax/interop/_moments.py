@@ -70,8 +70,9 @@ def filled(state: Tree, new: Mapping[str, Moments], count: int) -> Tree:
 def older(state: Tree, paths: tuple[str, ...]) -> tuple[str, ...]:
     """Those of `paths` whose count in a state is not 0."""
     nodes = [node for node in _nodes(state) if is_rms_state(node) and _counts(node) and int(node.count)]
+    # A complex parameter may be two leaves in the state: optax.contrib.split_real_and_imaginary.
     found = {path for node in nodes for path in shapes_of(node)}
-    return tuple(path for path in paths if path in found)
+    return tuple(path for path in paths if {path, f"{path}/real"} & found)
 
 
 def count_reasons(state: Tree) -> Iterator[str]:
