@@ -1,4 +1,4 @@
-"""How many small changes to the core its tests notice: one place is changed at a time, its tests are run.
+"""How many small changes to the package its tests notice: one place is changed at a time, its tests are run.
 
 cosmic-ray finds the places and makes the changes: a `+` into a `-`, a `<` into a `<=`, an 8 into a 9, a
 condition into its negation, a decorator or a loop removed. Each is made in a copy of the repository, where
@@ -45,6 +45,24 @@ TESTS = {
     "accumulators/_base": "accumulators_step transform adding accumulators_state derivatives",
     "accumulators/_codes": "accumulators_codes accumulators_step derivatives accumulators_state",
     "accumulators/_factored": "factored factored_state accumulators_state",
+    "diagnostics/_figures": "diagnostics_measure diagnostics_watch diagnostics_inside_jax",
+    "diagnostics/_measure": "diagnostics_measure diagnostics_settings diagnostics_inside_jax",
+    "diagnostics/_run": "diagnostics_advise diagnostics_settings",
+    "diagnostics/_troubles": "diagnostics_advise",
+    "diagnostics/_watch": "diagnostics_watch diagnostics_inside_jax diagnostics_settings",
+    "interop/_arrays": "interop interop_states interop_files interop_dialects",
+    "interop/_carry": "interop interop_partial interop_groups interop_states interop_optax",
+    "interop/_checkpoints": "interop_groups interop_dialects interop interop_files",
+    "interop/_files": "interop_files interop_dialects",
+    "interop/_keras": "interop interop_dialects interop_partial interop_files",
+    "interop/_match": "interop interop_partial interop_groups",
+    "interop/_moments": "interop_states interop_groups interop_optax interop",
+    "interop/_names": "interop interop_partial interop_groups",
+    "interop/_optax": "interop_optax interop_states",
+    "interop/_resume": "interop_groups interop_dialects interop",
+    "interop/_torch": "interop interop_groups interop_partial",
+    "interop/_upgrade": "upgrade",
+    "interop/_variables": "interop_dialects interop_files interop",
     "optimizer": "optimizer accumulators_state drop_in every_factory",
     "rounding": "rounding accumulators_codes updates optimizer derivatives",
     "rows/_gradient": "rows_gradients updates rows_exact rows_refusals rows_inside_optax rows_compiled "
