@@ -33,6 +33,8 @@ def test_a_donated_step_needs_no_temporary_and_no_copy(form, dtype):
 
 @each(form=forms("momentum", "lr_after_momentum", "centered_momentum"))
 def test_a_small_momentum_buffer_needs_no_temporary_either(form):
+    if jax.__version_info__ < (0, 10):
+        pytest.skip("the XLA of this JAX holds a float32 copy of a buffer")
     params = arrays()
     tx = rmsprop(1e-3, momentum_dtype="bfloat16", **form)
     assert_in_place(compiled_step(tx, params), temporary=min(x.size * x.dtype.itemsize for x in params))

@@ -86,9 +86,10 @@ def test_a_state_goes_on_as_in_its_version(version, name):
         old, new = (map(np.asarray, jax.tree.leaves(tree)) for tree in (pickled(version)[name], state))
         assert {x.tobytes() for x in old if x.ndim} <= {x.tobytes() for x in new}
         return
-    # The same bits on the machine that wrote the files. Other processors and other versions of XLA may round
-    # reciprocal roots and fused products differently.
-    np.testing.assert_array_max_ulp(found, TRUTH[version][name], maxulp=4)
+    # The same bits on the machine and with the JAX that wrote the files. Other processors and other versions
+    # of XLA round reciprocal roots and fused products differently, and momentum adds up: to 22 with JAX 0.12.
+    wrote_it = jax.__version_info__[:2] == (0, 10)
+    np.testing.assert_array_max_ulp(found, TRUTH[version][name], maxulp=4 if wrote_it else 64)
 
 
 @each_released
