@@ -116,14 +116,10 @@ def lazy(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
 def _check_elementwise(accumulator):
     if not accumulator.elementwise:
-        raise ValueError(_whole_table(accumulator.name))
-
-
-def _whole_table(accumulator):
-    return (
-        f"Invalid accumulator: {accumulator!r} stores what depends on a whole table, not on its touched "
-        "rows. 'float32' does not, and for rows.lazy neither do 'bfloat16' and 'uint8'."
-    )
+        raise ValueError(
+            f"Invalid accumulator: {accumulator.name!r} stores what depends on a whole table, not on its "
+            "touched rows. 'float32' does not, and for rows.lazy neither do 'bfloat16' and 'uint8'."
+        )
 
 
 def _on_touched_rows(tx, decay=None):
