@@ -1,13 +1,14 @@
 """Is a published result reproduced? DQN on MinAtar (Young and Tian, 2019), and the same with other RMSProps.
 
-Trains the agent of examples/dqn_minatar.py with PyTorch's centred RMSProp, which is the authors', on three
-games; on breakout also with what one may take for it: eps under the root (`conventions.dqn`, which is
-`optax.rmsprop(centered=True)`), without centring, and Adam at its default rate. PyTorch's own run, on MinAtar
-itself, stands beside. Each run is a process with one thread, two of them at a time; together they take some
-eight hours on two cores. After Ctrl-C the same command goes on from what was saved.
+Trains the agent of examples/dqn_minatar.py with PyTorch's centred RMSProp, which is the authors': four games,
+each at the step size of its published curve, and breakout at the other step sizes of the paper's sweep. On
+breakout also with what one may take for it, at three step sizes each: eps under the root (`conventions.dqn`,
+which is `optax.rmsprop(centered=True)`), without centring, and Adam. PyTorch's own run, on MinAtar itself,
+stands beside. Each run is a process with one thread, two of them at a time; together they take some five
+hours on two cores. After Ctrl-C the same command goes on; what the results have is not run again.
 
-    python -m benchmarks minatar                all that is not finished, then the table and a picture
-    python -m benchmarks minatar --collect      the table and the picture of what there is
+    python -m benchmarks minatar                all that is not finished, the data kept after each run
+    python -m benchmarks minatar --collect      the tables and pictures of what there is
     python -m benchmarks minatar --frames 5000000 --seeds 30 --workers 1     as published, for a GPU
 """
 
@@ -16,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,19 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks._frame import environment, example, installed, markdown, parser, save, save_picture
+from benchmarks._frame import (
+    environment,
+    example,
+    installed,
+    markdown,
+    parser,
+    save,
+    save_picture,
+    stored,
+)
 
 ROOT = Path(__file__).parents[1]
-POINT = 50_000  # frames: of each point of a curve
+POINT = 25_000  # frames between two points of a curve
 AUTHORS, TORCH = "conventions.torch", "torch.optim.RMSprop"
 _THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
@@ -35,81 +45,105 @@ _THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 class Job(NamedTuple):
     game: str
     optimizer: str
-    frames: int
+    log2_step_size: int
+    frames: int  # of each seed
     seeds: int
 
+    @property
+    def name(self) -> str:
+        return f"{self.game}-{self.optimizer}-2^{self.log2_step_size}"
 
+
+OTHERS = {"conventions.dqn": (-8, -7, -6), "uncentred": (-10, -9, -8), "adam": (-12, -11, -10)}
 JOBS = [
-    Job("breakout", AUTHORS, 1_000_000, 3),
-    *(Job("breakout", name, 500_000, 3) for name in ("conventions.dqn", "uncentred", "adam")),
-    Job("freeway", AUTHORS, 1_000_000, 3),
-    Job("asterix", AUTHORS, 1_500_000, 3),
-    Job("breakout", TORCH, 200_000, 3),
+    Job("breakout", AUTHORS, -9, 1_000_000, 3),
+    *(Job("breakout", name, log2, 300_000, 1) for name, tried in OTHERS.items() for log2 in tried),
+    *(Job("breakout", AUTHORS, log2, 500_000, 1) for log2 in (-8, -10, -11, -12, -13)),
+    Job("freeway", AUTHORS, -11, 1_000_000, 1),
+    Job("asterix", AUTHORS, -13, 1_500_000, 1),
+    Job("space_invaders", AUTHORS, -12, 500_000, 1),
+    Job("breakout", TORCH, -9, 200_000, 1),
 ]
 
 
-def commands(job: Job, folder: Path) -> list[list[str]]:
-    """What has still to be run, one command after the other."""
-    options = ["--game", job.game, "--frames", str(job.frames)]
+def command(job: Job, folder: Path) -> list[str] | None:
+    """What has still to be run, None where nothing has."""
+    options = ["--game", job.game, "--step-size", str(2.0**job.log2_step_size), "--frames", str(job.frames)]
+    has = done(folder)
+    if has is not None and has["frames"] >= job.frames:
+        return None
     if job.optimizer == TORCH:
-        files = [folder / f"{seed}.json" for seed in range(job.seeds)]
-        program = [sys.executable, "-m", "benchmarks.minatar_torch", *options]
-        return [
-            [*program, "--seed", str(seed), "--out", str(file)]
-            for seed, file in enumerate(files)
-            if not file.exists()
-        ]
-    if any(run["frames"] >= job.frames for run in runs(folder)):
-        return []
+        return [sys.executable, "-m", "benchmarks.minatar_torch", *options, "--out", str(returns(folder))]
     program = [sys.executable, "examples/dqn_minatar.py", *options, "--optimizer", job.optimizer]
-    resume = ["--resume"] if (folder / "returns.json").exists() else []
-    return [[*program, "--seeds", str(job.seeds), "--out", str(folder), *resume]]
+    resume = [] if has is None else ["--resume"]
+    return [*program, "--seeds", str(job.seeds), "--out", str(folder), *resume]
 
 
-def runs(folder: Path) -> list[dict[str, Any]]:
-    """What has been run in a job's folder: of PyTorch a file for each seed, else one file."""
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+def returns(folder: Path) -> Path:
+    return folder / "returns.json"
+
+
+def done(folder: Path) -> dict[str, Any] | None:
+    """What a job has come to, if it has begun."""
+    return json.loads(returns(folder).read_text()) if returns(folder).exists() else None
 
 
 def carried_out(job: Job, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     flags = os.environ.get("XLA_FLAGS", "") + ("" if jax.default_backend() != "cpu" else f" {_THREAD}")
-    for command in commands(job, folder):
-        print(" ".join(command[1:]), flush=True)
-        with open(folder / "log.txt", "a") as log:
-            env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-            subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, check=True)
-
-
-def curve(episodes: list[tuple[int, float]], frames: int) -> list[float]:
-    """The mean return of the episodes that ended in each POINT frames, NaN where none did."""
-    ends, scores = np.array(episodes, float).reshape(-1, 2).T
-    of = ((ends - 1) // POINT).astype(int)
-    points = -(-frames // POINT)
-    total, number = (np.bincount(of, weights, points) for weights in (scores, None))
-    return (total / np.where(number > 0, number, np.nan)).tolist()
+    if (program := command(job, folder)) is None:
+        return
+    print(" ".join(program[1:]), flush=True)
+    with open(folder / "log.txt", "a") as log:
+        env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        subprocess.run(program, cwd=ROOT, env=env, stdout=log, stderr=log, check=True)
 
 
 def summary(job: Job, folder: Path) -> dict[str, Any] | None:
-    """A job's curves, a list for each seed; None where nothing has been run."""
-    done = runs(folder)
-    if not done:
+    """A job's curves, a list for each seed; None where nothing has been run.
+
+    A curve has the mean return of the last 100 episodes, as the published ones, every POINT frames; none
+    before 100 episodes have ended.
+    """
+    if (has := done(folder)) is None:
         return None
-    frames = min(run["frames"] for run in done)
-    episodes = [seed for run in done for seed in run["episodes"]]
+    frames = np.arange(POINT, has["frames"] + 1, POINT)
+    curves = [example("dqn_minatar").last_100(episodes, frames) for episodes in has["episodes"]]
     return {
         "game": job.game,
         "optimizer": job.optimizer,
-        "frames": frames,
-        "seeds": len(episodes),
-        "frames_per_second": sum(run["frames"] * run["seeds"] for run in done)
-        / sum(run["seconds"] for run in done),
-        "curves": [[round(value, 3) for value in curve(seed, frames)] for seed in episodes],
+        "log2_step_size": job.log2_step_size,
+        "frames": has["frames"],
+        "seeds": has["seeds"],
+        "frames_per_second": round(has["frames"] * has["seeds"] / has["seconds"]),
+        "device": environment()["device"],
+        "curves": [np.round(curve, 2).tolist() for curve in curves],
     }
 
 
+def together(jobs: dict[Job, Path], kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each job of which there is something: of what has been run here, or else what was kept."""
+    made = (summary(job, folder) or row_of(kept, job) for job, folder in jobs.items())
+    return [row for row in made if row]
+
+
+def row_of(rows: list[dict[str, Any]], job: Job) -> dict[str, Any] | None:
+    names = ("game", "optimizer", "log2_step_size")
+    same = (row for row in rows if all(row[name] == getattr(job, name) for name in names))
+    return next(same, None)
+
+
+def finished(job: Job, rows: list[dict[str, Any]]) -> bool:
+    row = row_of(rows, job)
+    return row is not None and row["frames"] >= job.frames and row["seeds"] >= job.seeds
+
+
+def published(game: str) -> dict[str, Any]:
+    return example("dqn_minatar").PUBLISHED[game]
+
+
 def of_seeds(row: dict[str, Any], frames: int) -> str:
-    """The mean return in the POINT frames up to `frames`, over the seeds, and their lowest and highest."""
+    """The mean return of the last 100 episodes at `frames`, over the seeds, and their lowest and highest."""
     if frames > row["frames"]:
         return "not run"
     values = [seed[frames // POINT - 1] for seed in row["curves"]]
@@ -118,89 +152,120 @@ def of_seeds(row: dict[str, Any], frames: int) -> str:
     return f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
+def power(row: dict[str, Any]) -> str:
+    return f"2^{row['log2_step_size']}"
+
+
+def at_published_step_size(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ours = [row for row in rows if row["optimizer"] == AUTHORS]
+    return [row for row in ours if row["log2_step_size"] == published(row["game"])["log2_step_size"]]
+
+
 def table(data: dict[str, Any]) -> str:
-    """Published against reached."""
-    rows = {row["game"]: row for row in data["rows"] if row["optimizer"] == AUTHORS}
+    """Published against reached, at a quarter, the half and the whole of each run."""
     cells = []
-    for game, points in example("dqn_minatar").PUBLISHED.items():
-        row = rows.get(game, {"frames": 0, "seeds": "-"})
-        for frames, mean in points:
-            cells.append(
-                [game.replace("_", " "), f"{frames:,}", f"{mean:g}", of_seeds(row, frames), f"{row['seeds']}"]
-            )
-    return markdown(["game", "frames", "published, 30 seeds", "reached here", "seeds"], cells)
+    for row in at_published_step_size(data["rows"]):
+        for frames in (row["frames"] // 4, row["frames"] // 2, row["frames"]):
+            line = np.interp(frames, *np.transpose(published(row["game"])["curve"]))
+            name = row["game"].replace("_", " ")
+            seeds = f"{row['seeds']}"
+            cells.append([name, power(row), f"{frames:,}", f"{line:.1f}", of_seeds(row, frames), seeds])
+    return markdown(["game", "step size", "frames", "published, 30 seeds", "reached here", "seeds"], cells)
+
+
+def sensitivity(data: dict[str, Any]) -> str:
+    """Breakout at the step sizes of the paper's sweep."""
+    of = {row["log2_step_size"]: row for row in _breakout(data) if row["optimizer"] == AUTHORS}
+    final = dict(published("breakout")["final_return_by_log2_step_size"])
+    cells = [
+        [power(row), f"{final[log2]:.1f}", of_seeds(row, 500_000), f"{row['seeds']}"]
+        for log2, row in sorted(of.items())
+    ]
+    return markdown(["step size", "published, 5,000,000 frames", "reached here, 500,000", "seeds"], cells)
 
 
 def optimizers(data: dict[str, Any]) -> str:
-    """What breakout comes to with each optimizer in JAX."""
-    rows = [row for row in data["rows"] if row["game"] == "breakout" and row["optimizer"] != TORCH]
-    marks = [100_000, 200_000, 300_000, 500_000]
-    cells = [[f"`{row['optimizer']}`", *(of_seeds(row, frames) for frames in marks)] for row in rows]
-    return markdown(["frames", *(f"{frames:,}" for frames in marks)], cells)
+    """What breakout comes to with each optimizer in JAX, at each of its step sizes."""
+    marks = (100_000, 200_000, 300_000)
+    ours = (row for row in _breakout(data) if row["optimizer"] != TORCH)
+    cells = [
+        [f"`{row['optimizer']}`", power(row), *(of_seeds(row, frames) for frames in marks), f"{row['seeds']}"]
+        for row in sorted(ours, key=lambda row: (row["optimizer"] != AUTHORS, row["log2_step_size"]))
+    ]
+    return markdown(["", "step size", *(f"{frames:,} frames" for frames in marks), "seeds"], cells)
 
 
 def beside_torch(data: dict[str, Any]) -> str:
     """Breakout with the authors' optimizer, here and in PyTorch."""
-    rows = [row for row in data["rows"] if row["game"] == "breakout" and row["optimizer"] in (AUTHORS, TORCH)]
-    marks = [50_000, 100_000, 150_000, 200_000]
+    torch = [row for row in _breakout(data) if row["optimizer"] == TORCH]
+    rows = [row for row in at_published_step_size(data["rows"]) if row["game"] == "breakout"] + torch
+    marks = (50_000, 100_000, 150_000, 200_000)
     cells = [
         [
             f"`{row['optimizer']}`",
             *(of_seeds(row, frames) for frames in marks),
             f"{row['seeds']}",
-            f"{row['frames_per_second']:,.0f}",
+            f"{row['frames_per_second']:,}",
         ]
         for row in rows
     ]
     return markdown(["frames", *(f"{frames:,}" for frames in marks), "seeds", "frames a second"], cells)
 
 
+def _breakout(data):
+    return [row for row in data["rows"] if row["game"] == "breakout"]
+
+
 def draw(rows: list[dict[str, Any]]) -> None:
-    published = example("dqn_minatar").PUBLISHED
-    games = [game for game in published if any(row["game"] == game for row in rows)]
-    figure = Figure(figsize=(4.2 * len(games), 4.2), layout="constrained")
-    for axes, game in zip(figure.subplots(1, len(games), squeeze=False)[0], games, strict=True):
-        for row in rows:
-            if row["game"] == game and row["optimizer"] != TORCH:
-                curves = np.array(row["curves"])
-                frames = (np.arange(curves.shape[1]) + 0.5) * POINT
-                (line,) = axes.plot(frames, curves.mean(axis=0), lw=2, label=row["optimizer"])
-                axes.fill_between(
-                    frames, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.15
-                )
-        shown = [point for point in published[game] if point[0] <= 2_000_000]
-        axes.plot(*zip(*shown, strict=True), "ko", label="published, 30 seeds")
-        axes.set(title=game, xlabel="frames", ylim=(0, None), xlim=(0, None))
-        axes.legend(frameon=False, fontsize="small")
-    figure.axes[0].set_ylabel("mean return")
-    save_picture("minatar", figure)
+    """A picture for each game: the published curve, and the runs at its step size."""
+    for row in at_published_step_size(rows):
+        figure = Figure(figsize=(6.4, 4), layout="constrained")
+        axes = figure.subplots()
+        curves = np.array(row["curves"])
+        frames = POINT * np.arange(1, curves.shape[1] + 1)
+        label = f"reached here, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
+        (line,) = axes.plot(frames, curves.mean(axis=0), lw=2, label=label)
+        axes.fill_between(frames, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.2)
+        curve = published(row["game"])["curve"]
+        axes.plot(*zip(*curve, strict=True), "k--", lw=1.5, label="published, 30 seeds")
+        title = f"{row['game'].replace('_', ' ')}, step size {power(row)}"
+        axes.set(title=title, xlabel="frames", xlim=(0, 1.5 * frames[-1]), ylim=(0, None))
+        axes.set_ylabel("mean return of the last 100 episodes")
+        axes.legend(frameon=False, loc="lower right")
+        save_picture(f"minatar_{row['game']}", figure)
 
 
 def main(argv=None) -> None:
-    options = parser("minatar", __doc__, "one run of 6,000 frames, and PyTorch's where it is installed")
+    options = parser("minatar", __doc__, "one run of 25,000 frames, and PyTorch's where it is installed")
     options.add_argument("--collect", action="store_true", help="run nothing")
     options.add_argument("--frames", type=int, help="of every run, in place of the list's")
     options.add_argument("--seeds", type=int, help="of every run, in place of the list's")
     options.add_argument("--workers", type=int, default=2, help="runs at a time")
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "minatar", help="folder for the runs")
     args = options.parse_args(argv)
-    jobs = JOBS
+    jobs, kept = JOBS, (stored("minatar") or {"rows": []})["rows"]
     if args.short:
-        args.out, args.frames, args.seeds = Path(tempfile.mkdtemp()), 6000, 1
+        args.out, args.frames, args.seeds, kept = Path(tempfile.mkdtemp()), 25_000, 1, []
         jobs = [JOBS[0], JOBS[-1]]
-    if len(installed("torch", "minatar")) < 2:
-        jobs = [job for job in jobs if job.optimizer != TORCH]
     given = {name: value for name in ("frames", "seeds") if (value := getattr(args, name)) is not None}
-    folders = {job._replace(**given): args.out / f"{job.game}-{job.optimizer}" for job in jobs}
+    folders = {job._replace(**given): args.out / job.name for job in jobs}
+
+    def data():
+        return {"environment": environment("flax", "pgx"), "rows": together(folders, kept)}
+
     if not args.collect:
+        missing = [job for job in folders if not finished(job, kept)]
+        if len(installed("torch", "minatar")) < 2:
+            missing = [job for job in missing if job.optimizer != TORCH]
         with ThreadPoolExecutor(args.workers) as pool:
-            list(pool.map(carried_out, folders, folders.values()))
-    rows = [row for job, folder in folders.items() if (row := summary(job, folder))]
-    data = {"environment": environment("flax", "pgx"), "rows": rows}
-    print(table(data), optimizers(data), beside_torch(data), sep="\n\n")
+            for run in as_completed([pool.submit(carried_out, job, folders[job]) for job in missing]):
+                run.result()  # raises what it raised
+                if not args.short:
+                    save("minatar", data())
+    print(*(show(data()) for show in (table, sensitivity, optimizers, beside_torch)), sep="\n\n")
     if not args.short:
-        draw(rows)
-        print(save("minatar", data))
+        draw(data()["rows"])
+        print(save("minatar", data()))
 
 
 if __name__ == "__main__":

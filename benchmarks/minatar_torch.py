@@ -1,6 +1,6 @@
 """The agent of examples/dqn_minatar.py in PyTorch, on MinAtar's own games: what `minatar` compares with.
 
-python -m benchmarks.minatar_torch --game breakout --frames 200000 --seed 0 --out FILE
+python -m benchmarks.minatar_torch --game breakout --step-size 0.00195 --frames 200000 --seed 0 --out FILE
 """
 
 import argparse
@@ -27,8 +27,8 @@ def network(channels: int, actions: int) -> nn.Module:
     )
 
 
-def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.RMSprop(model.parameters(), lr=2.5e-4, alpha=0.95, eps=0.01, centered=True)
+def optimizer(model: nn.Module, step_size: float) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(model.parameters(), lr=step_size, alpha=0.95, eps=0.01, centered=True)
 
 
 def update(model, target, tx, batch) -> None:
@@ -41,7 +41,7 @@ def update(model, target, tx, batch) -> None:
     tx.step()
 
 
-def train(name: str, frames: int, seed: int) -> list[tuple[int, float]]:
+def train(name: str, step_size: float, frames: int, seed: int) -> list[tuple[int, float]]:
     """Each episode's last frame and return."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -51,7 +51,7 @@ def train(name: str, frames: int, seed: int) -> list[tuple[int, float]]:
     channels = game.state_shape()[2]
     model, target = (network(channels, game.num_actions()) for _ in range(2))
     target.load_state_dict(model.state_dict())
-    tx = optimizer(model)
+    tx = optimizer(model, step_size)
 
     def buffer(dtype, *shape):
         return torch.zeros((dqn.REPLAY, *shape), dtype=dtype)
@@ -98,15 +98,17 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--game", choices=dqn.PUBLISHED, default="breakout")
     parser.add_argument("--frames", type=int, default=200_000)
+    parser.add_argument("--step-size", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the network is small
     begun = time.perf_counter()
-    episodes = train(args.game, args.frames, args.seed)
+    episodes = train(args.game, args.step_size, args.frames, args.seed)
     seconds = time.perf_counter() - begun
-    about = {"game": args.game, "seeds": 1, "frames": args.frames, "optimizer": "torch.optim.RMSprop"}
-    args.out.write_text(json.dumps({**about, "episodes": [episodes], "seconds": seconds}))
+    about = {"game": args.game, "optimizer": "torch.optim.RMSprop", "step_size": args.step_size}
+    done = {"seeds": 1, "frames": args.frames, "episodes": [episodes], "seconds": seconds}
+    args.out.write_text(json.dumps(about | done))
 
 
 if __name__ == "__main__":

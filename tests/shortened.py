@@ -20,7 +20,7 @@ EXAMPLES = ROOT / "examples"
 def copied(name, folder):
     """The example, copied into an empty folder with what its first lines tell to copy with it."""
     source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
-    for file in (f"{name}.py", *re.findall(r"Copy (\S+\.py) with this file", source)):
+    for file in (f"{name}.py", *re.findall(r"Copy (\S+\.\w+) with this file", source)):
         shutil.copy(EXAMPLES / file, folder)
     return folder / f"{name}.py"
 

@@ -51,7 +51,7 @@ def test_an_update_is_pytorchs(dqn_minatar):
     torch.manual_seed(0)
     model, target = theirs.network(channels, actions), theirs.network(channels, actions)
     # The target differs from the network, as it does between two of its renewals.
-    dqn = dqn_minatar.DQN("breakout", dqn_minatar.OPTIMIZERS["conventions.torch"])
+    dqn = dqn_minatar.DQN("breakout", dqn_minatar.OPTIMIZERS["conventions.torch"](2.5e-4))
 
     def ours(model):
         """The weights: patches are (row, column, channel), and so is what the hidden layer reads."""
@@ -77,7 +77,7 @@ def test_an_update_is_pytorchs(dqn_minatar):
         ended=rng.random(32) < 0.2,
     )
     params, fixed = ours(model), ours(target)
-    state, tx = dqn.tx.init(params), theirs.optimizer(model)
+    state, tx = dqn.tx.init(params), theirs.optimizer(model, 2.5e-4)
     as_torch = [torch.from_numpy(x) for x in batch]
     as_torch = dqn_minatar.Transition(*as_torch)._replace(
         observation=as_torch[0].permute(0, 3, 1, 2).float(), following=as_torch[3].permute(0, 3, 1, 2).float()
