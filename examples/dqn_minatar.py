@@ -245,9 +245,8 @@ def restored(folder, agents, history):
         found = json.loads(str(saved["history"]))
     for name in ("game", "optimizer", "step_size", "seeds"):
         if found[name] != history[name]:
-            sys.exit(
-                f"--resume: the checkpoint's {name} is {found[name]!r}, this run's is {history[name]!r}."
-            )
+            of = f"the checkpoint's {name} is {found[name]!r}, this run's is {history[name]!r}"
+            sys.exit(f"--resume: {of}.")
     return treedef.unflatten(leaves), found
 
 
@@ -262,18 +261,15 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from the last save in --out")
     parser.add_argument("--out", type=Path, default=Path("runs/dqn_minatar"), help="folder")
     args = parser.parse_args()
-    published = PUBLISHED[args.game]
-    args.step_size = args.step_size or 2.0 ** published["log2_step_size"]
+    args.step_size = args.step_size or 2.0 ** PUBLISHED[args.game]["log2_step_size"]
 
     history = train(args)
     print(f"{args.seeds} x {args.frames:,} frames of {args.game} in {history['seconds']:.0f} s.")
     for seed, episodes in enumerate(history["episodes"]):
         mean = last_100(episodes, args.frames)
         print(f"    seed {seed}: {len(episodes):,} episodes, mean return of the last 100 {mean:.2f}")
-    frames, means = np.transpose(published["curve"])
-    print(
-        f"    published: {np.interp(args.frames, frames, means):.2f}, {means[-1]:.2f} after 5 million frames"
-    )
+    frames, means = np.transpose(PUBLISHED[args.game]["curve"])
+    print(f"    published {np.interp(args.frames, frames, means):.2f}, and in the end {means[-1]:.2f}")
     draw(args.out / "dqn_minatar.png", history, args)
     print(f"The picture is {args.out / 'dqn_minatar.png'}")
 
@@ -287,12 +283,11 @@ def draw(path, history, args):
     axes.plot(frames, curves.T, color="tab:blue", alpha=0.3, lw=1)
     label = f"{args.optimizer}, mean of {args.seeds} seeds, step size {args.step_size:g}"
     axes.plot(frames, curves.mean(axis=0), color="tab:blue", lw=2.5, label=label)
-    published = PUBLISHED[args.game]
-    label = f"published, mean of 30 seeds, step size 2^{published['log2_step_size']}"
-    axes.plot(*zip(*published["curve"], strict=True), "k--", lw=1.5, label=label)
-    axes.set(xlabel="frames", xlim=(0, 1.5 * args.frames), ylim=(0, None))
-    axes.set(ylabel="mean return of the last 100 episodes")
-    axes.set(title=f"DQN on MinAtar's {args.game.replace('_', ' ')}")
+    curve, power = (PUBLISHED[args.game][name] for name in ("curve", "log2_step_size"))
+    label = f"published, mean of 30 seeds, step size 2^{power}"
+    axes.plot(*zip(*curve, strict=True), "k--", lw=1.5, label=label)
+    axes.set(title=f"DQN on MinAtar's {args.game.replace('_', ' ')}", xlabel="frames")
+    axes.set(ylabel="mean return of the last 100 episodes", xlim=(0, 1.5 * args.frames), ylim=(0, None))
     axes.legend(loc="lower right")
     axes.grid(alpha=0.25)
     figure.savefig(path, dpi=130)

@@ -205,20 +205,34 @@ def test_pytorch_in_its_process_measures_itself_and_says_what_it_cannot(capsys):
 
 def test_minatar_goes_on_and_shows_what_there_is(tmp_path):
     """What is finished is not run again, what is not goes on, and what has not been run says so."""
-    job = minatar.Job("breakout", minatar.AUTHORS, 200_000, 2)
+    job = minatar.Job("breakout", minatar.AUTHORS, -9, 200_000, 2)
     assert minatar.summary(job, tmp_path) is None
-    (command,) = minatar.commands(job, tmp_path)
+    command = minatar.command(job, tmp_path)
+    assert command[command.index("--step-size") + 1] == "0.001953125"
     assert "--resume" not in command
-    # Two seeds, an episode every 10,000 frames: of return 1, then 3, in all; and of 2 more.
-    episodes = [[(10_000 * i, float(1 + 2 * (i > 5) + of)) for i in range(1, 11)] for of in (0, 2)]
+    # Two seeds, an episode every 500 frames: of return 1, then 3, in all; and of 2 more.
+    episodes = [[(500 * i, float(1 + 2 * (i > 100) + of)) for i in range(1, 201)] for of in (0, 2)]
     done = {"frames": 100_000, "seeds": 2, "seconds": 50.0, "episodes": episodes}
     (tmp_path / "returns.json").write_text(json.dumps(done))
-    (command,) = minatar.commands(job, tmp_path)
-    assert "--resume" in command
-    assert not minatar.commands(job._replace(frames=100_000), tmp_path)
+    assert "--resume" in minatar.command(job, tmp_path)
+    assert minatar.command(job._replace(frames=100_000), tmp_path) is None
     row = minatar.summary(job, tmp_path)
-    assert row["curves"] == [[1.0, 3.0], [3.0, 5.0]]
+    assert row["curves"] == [[1.0, 1.0, 2.0, 3.0], [3.0, 3.0, 4.0, 5.0]]  # of the last 100 episodes
     assert row["frames_per_second"] == 4000
     assert minatar.of_seeds(row, 100_000) == "4.0 (3.0 to 5.0)"
     assert minatar.of_seeds(row, 150_000) == "not run"
-    assert "| breakout | 500,000 | 8.3 | not run | 2 |" in minatar.table({"rows": [row]})
+    assert not minatar.finished(job, [row])
+    assert minatar.finished(job._replace(frames=100_000), [row])
+    assert not minatar.finished(job._replace(log2_step_size=-8), [row])
+    other = row | {"log2_step_size": -8}
+    assert minatar.together({job: tmp_path, job._replace(log2_step_size=-8): tmp_path / "none"}, [other]) == [
+        row,
+        other,
+    ]
+    data = {"rows": [row, other]}
+    assert "| breakout | 2^-9 | 100,000 | 4.5 | 4.0 (3.0 to 5.0) | 2 |" in minatar.table(data)
+    assert "2^-8" not in minatar.table(data)
+    assert "| 2^-9 | 10.3 | not run | 2 |" in minatar.sensitivity(data)
+    assert "| `conventions.torch` | 2^-8 | 4.0 (3.0 to 5.0) | not run | not run | 2 |" in minatar.optimizers(
+        data
+    )
