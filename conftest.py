@@ -1,5 +1,6 @@
 """What all tests and doctests share: compiled programs kept on disk and not in memory."""
 
+import collections
 import ctypes
 import gc
 import os
@@ -11,6 +12,10 @@ import pytest
 malloc_trim = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim", lambda pad: 0)
 LARGEST_CACHE = 2**30  # bytes
 LONGEST = ("test_sharding.py", "test_multi_process.py", "test_examples.py")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, help="of a test with more parameters the first ones and the last")
 
 
 def pytest_configure(config):
@@ -32,9 +37,16 @@ def pytest_configure(config):
         jax.config.update(name, value)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The longest files begin first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+    if cases := config.option.cases:
+        of_tests = collections.defaultdict(list)
+        for item in items:
+            of_tests[item.path, getattr(item, "originalname", item.name)].append(item)
+        left_out = {item for same in of_tests.values() for item in same[cases - 1 : -1]}
+        config.hook.pytest_deselected(items=[*left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(wrapper=True)

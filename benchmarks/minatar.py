@@ -165,7 +165,8 @@ def table(data: dict[str, Any]) -> str:
     """Published against reached, at a quarter, the half and the whole of each run."""
     cells = []
     for row in at_published_step_size(data["rows"]):
-        for frames in (row["frames"] // 4, row["frames"] // 2, row["frames"]):
+        points = len(row["curves"][0])
+        for frames in (POINT * (points // part) for part in (4, 2, 1)):
             line = np.interp(frames, *np.transpose(published(row["game"])["curve"]))
             name = row["game"].replace("_", " ")
             seeds = f"{row['seeds']}"
@@ -201,15 +202,10 @@ def beside_torch(data: dict[str, Any]) -> str:
     rows = [row for row in at_published_step_size(data["rows"]) if row["game"] == "breakout"] + torch
     marks = (50_000, 100_000, 150_000, 200_000)
     cells = [
-        [
-            f"`{row['optimizer']}`",
-            *(of_seeds(row, frames) for frames in marks),
-            f"{row['seeds']}",
-            f"{row['frames_per_second']:,}",
-        ]
+        [f"`{row['optimizer']}`", *(of_seeds(row, frames) for frames in marks), f"{row['seeds']}"]
         for row in rows
     ]
-    return markdown(["frames", *(f"{frames:,}" for frames in marks), "seeds", "frames a second"], cells)
+    return markdown(["", *(f"{frames:,} frames" for frames in marks), "seeds"], cells)
 
 
 def _breakout(data):

@@ -114,9 +114,11 @@ def test_says_what_is_wrong():
 def test_on_eight_simulated_devices(pytestconfig):
     """tests/distributed/*on_eight_devices.py, in a process of its own for its devices."""
     programs = sorted(Path(__file__).parent.glob("distributed/*on_eight_devices.py"))
-    command = (sys.executable, "-m", "pytest", "-q")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", pytestconfig.option.markexpr]
+    command += [f"--cases={cases}"] if (cases := pytestconfig.option.cases) else []
     result = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-m", pytestconfig.option.markexpr, *map(str, programs)],
+        [*command, *map(str, programs)],
         text=True,
         capture_output=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
