@@ -238,6 +238,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     ends = time.monotonic() + options.seconds
 
+    options.log = options.log.absolute()  # the tests run in other folders
     options.log.parent.mkdir(parents=True, exist_ok=True)
     options.log.touch()
     tried_before = map(json.loads, options.log.read_text().splitlines())
