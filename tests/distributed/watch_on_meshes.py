@@ -68,19 +68,20 @@ KINDS = pytest.mark.parametrize(
         pytest.param(AxisType.Explicit, id="explicit"),
     ],
 )
-FORMS_AND_LAYOUTS = pytest.mark.parametrize(
-    ("form", "layout"),
+EVERY_LAYOUT = pytest.mark.parametrize(
+    ("form", "layout", "kind"),
     [
-        ("plain", "both"),
-        ("centered", "replicated"),
-        ("optax", "fully sharded"),
-        ("centered", "tensor-parallel"),
+        ("plain", "both", AxisType.Explicit),
+        ("centered", "replicated", AxisType.Explicit),
+        ("optax", "fully sharded", AxisType.Explicit),
+        ("centered", "tensor-parallel", AxisType.Explicit),
+        pytest.param("plain", "both", AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param("optax", "tensor-parallel", AxisType.Auto, marks=pytest.mark.slow),
     ],
 )
 
 
-@KINDS
-@FORMS_AND_LAYOUTS
+@EVERY_LAYOUT
 def test_the_history_is_the_same_on_a_mesh(form, layout, kind):
     """Of steps that are jitted while the mesh is set, that are when it is not, and that are not at all."""
     expected = diagnostics.history(run_alone(form)[1])
@@ -112,8 +113,7 @@ def test_measure_on_an_explicit_mesh():
         assert_same(jax.device_get(measured(params)), jax.device_get(measured(PARAMS)))
 
 
-@KINDS
-@FORMS_AND_LAYOUTS
+@EVERY_LAYOUT
 def test_shard_map_with_the_state_made_outside(form, layout, kind):
     """One history for all devices: that of whole layers."""
     expected = run_alone(form)
