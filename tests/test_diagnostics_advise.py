@@ -194,6 +194,32 @@ def test_a_trouble_is_found_in_its_layer(figures, trouble, steps):
     assert [x.trouble for x in short] == ["non-finite gradients"] * (trouble == "non-finite gradients")
 
 
+@pytest.mark.parametrize(("steps", "is_found"), [(20, True), (21, False)])
+def test_one_measurement_in_ten_that_is_not_finite_is_enough(steps, is_found):
+    bad = np.zeros(steps)
+    bad[3:5] = 0.1
+    found = diagnostics.advise(history_of(steps, nonfinite_share=bad), np.ones(steps))
+    assert [x.steps for x in found] == [(4, 5)] * is_found
+
+
+@pytest.mark.parametrize("losses", [None, np.r_[0.0, np.geomspace(1, 100, 19)], -np.ones(20)])
+@pytest.mark.parametrize(
+    "figures", [{"staleness": 20.0, "descent": 0.1}, {"eps_share": 0.9, "update_rms": 1e-6}, {}]
+)
+def test_without_losses_that_compare_nothing_is_said_of_how_they_went(figures, losses):
+    """There are none; the first is 0, so that no other is a share of it; and rewards."""
+    assert diagnostics.advise(history_of(**figures), losses) == []
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.7, 0.96, 0.999])
+def test_the_memory_of_an_accumulator_is_read_off_its_bias_correction(decay):
+    history = history_of()
+    history.table[:, FIGURES.index("bias_correction_factor")] = (1 - decay**history.step)[:, None]
+    memories = []
+    diagnostics.advise(history, troubles=[lambda run: memories.append(run.memory)])
+    assert memories == [pytest.approx(1 / (1 - decay))]
+
+
 def test_what_a_divergence_brings_about_is_not_reported():
     history = history_of(update_ratio=1.0, nonfinite_share=1.0)
     (found,) = diagnostics.advise(history, np.geomspace(1, 100, 20))

@@ -171,6 +171,10 @@ ODD = {
         {"square_avg": np.ones((1, 2)), "grad_avg": np.array([[1.0, np.nan]])},
         "'w' has a grad_avg with NaN in it",
     ),
+    "of complex numbers": (
+        {"square_avg": np.ones((1, 2), np.complex64)},
+        "'w' has a square_avg of complex numbers, two reals there",
+    ),
     "ZeRO's": (
         {"square_avg": np.ones(7), "grad_avg": np.ones(7)},
         r"shape \(7,\), not \(1, 2\), which 'w' needs \(flattened, as FSDP and DeepSpeed's ZeRO.*_universal",

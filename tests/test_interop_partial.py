@@ -11,6 +11,7 @@ import pytest
 from helpers import ACCUMULATORS, each_accumulator, step_of
 
 from rmsprop_jax import conventions, interop, rmsprop
+from rmsprop_jax.interop._match import hand_over
 
 PARAMS = {"fc": {"kernel": jnp.ones((5, 3)), "bias": jnp.ones(3)}, "head": jnp.ones((3, 2))}
 NAMES = {"fc.weight": ("fc/kernel", (1, 0)), "fc.bias": "fc/bias"}
@@ -67,6 +68,21 @@ def test_the_report_is_logged_where_nobody_takes_it(caplog):
         caplog.clear()
         interop.from_torch(torch_state(), state, PARAMS, NAMES, strict=False, report=print)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("doubts", "level"),
+    [
+        ({}, logging.INFO),
+        ({"kept": ("head",)}, logging.WARNING),
+        ({"left_behind": ("old.weight",)}, logging.WARNING),
+        ({"groups": (("fc.weight",), ("fc.bias",))}, logging.WARNING),
+    ],
+)
+def test_each_doubt_makes_the_report_a_warning(doubts, level, caplog):
+    with caplog.at_level(logging.INFO, "rmsprop_jax.interop"):
+        hand_over(interop.Report(("fc/kernel",), **doubts), None, strict=False)
+    assert [record.levelno for record in caplog.records] == [level]
 
 
 def test_what_is_there_has_to_fit_also_in_part():
@@ -242,6 +258,8 @@ def test_keys_without_counterpart_are_named():
     interop.resume_torch(theirs, params, NAMES, ignore=["amsgrad"])
     with pytest.raises(ValueError, match=r"lr_scale=0\.5, without counterpart"):
         interop.resume_torch(theirs, params, NAMES, ignore=["amsgrad"], learning_rate=0.1)
+    group["lr_scale"] = 1.0  # which scales nothing
+    interop.resume_torch(theirs, params, NAMES, ignore=["amsgrad"], learning_rate=0.1)
     del group["alpha"]
     with pytest.raises(ValueError, match="Group 0 of the checkpoint has no 'alpha'"):
         interop.resume_torch(theirs, params, NAMES, ignore=["amsgrad"])
