@@ -58,7 +58,7 @@ TESTS = {
     "interop/_match": "interop interop_partial interop_groups interop_dialects",
     "interop/_moments": "interop_states interop_groups interop_optax interop",
     "interop/_names": "interop interop_partial interop_groups",
-    "interop/_optax": "interop_optax interop_states",
+    "interop/_optax": "interop_optax interop_states interop_partial",
     "interop/_resume": "interop_groups interop_partial interop_dialects interop",
     "interop/_torch": "interop interop_groups interop_partial",
     "interop/_upgrade": "upgrade",

@@ -12,6 +12,7 @@ from helpers import ACCUMULATORS, each_accumulator, step_of
 
 from rmsprop_jax import conventions, interop, rmsprop
 from rmsprop_jax.interop._match import hand_over
+from rmsprop_jax.interop._names import nearest
 
 PARAMS = {"fc": {"kernel": jnp.ones((5, 3)), "bias": jnp.ones(3)}, "head": jnp.ones((3, 2))}
 NAMES = {"fc.weight": ("fc/kernel", (1, 0)), "fc.bias": "fc/bias"}
@@ -83,6 +84,12 @@ def test_each_doubt_makes_the_report_a_warning(doubts, level, caplog):
     with caplog.at_level(logging.INFO, "rmsprop_jax.interop"):
         hand_over(interop.Report(("fc/kernel",), **doubts), None, strict=False)
     assert [record.levelno for record in caplog.records] == [level]
+
+
+def test_the_three_nearest_names_are_told():
+    others = [f"fc.{name}" for name in ("weight_g", "weight_v", "weights", "weight")] + ["head"]
+    assert nearest("fc/weight", others) == " (nearest: 'fc.weight', 'fc.weights', 'fc.weight_v')"
+    assert nearest("x", others) == ""
 
 
 def test_what_is_there_has_to_fit_also_in_part():
