@@ -220,6 +220,26 @@ def test_the_memory_of_an_accumulator_is_read_off_its_bias_correction(decay):
     assert memories == [pytest.approx(1 / (1 - decay))]
 
 
+def test_the_proposed_decay_forgets_in_half_of_the_steps():
+    """Of the last third of 1,000 steps, 250: nu has to fall by 20^2, as gradients were 20 times larger."""
+    history = history_of(staleness=20.0, descent=0.1)
+    history.table[:, FIGURES.index("bias_correction_factor")] = (1 - 0.999 ** (50 * history.step))[:, None]
+    history = diagnostics.Measurement(50 * history.step, history.names, history.table)
+    (found,) = diagnostics.advise(history, np.ones(20))
+    decay = number_after(found.remedy, "a smaller decay, such as")
+    assert np.exp(-125 * (1 - decay)) == pytest.approx(1 / 20**2, rel=0.02)
+
+
+def test_one_run_of_several_is_asked_for():
+    history = history_of()
+    stacked = jax.tree.map(lambda x: np.stack([x, x]), history)
+    with pytest.raises(
+        ValueError, match=r"its steps have shape \(2, 20\), those of several runs under jax.vmap"
+    ):
+        diagnostics.advise(stacked)
+    assert diagnostics.advise(jax.tree.map(lambda x: x[0], stacked)) == []
+
+
 def test_what_a_divergence_brings_about_is_not_reported():
     history = history_of(update_ratio=1.0, nonfinite_share=1.0)
     (found,) = diagnostics.advise(history, np.geomspace(1, 100, 20))

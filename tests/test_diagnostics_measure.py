@@ -194,6 +194,14 @@ def test_it_finds_the_accumulators_in_any_chain():
     assert measured.learning_rate["dense/bias"] == pytest.approx(0.01, rel=1e-5)
 
 
+@pytest.mark.parametrize("left_out", [["grads"], ["updates"], ["params"], ["updates", "params"]])
+def test_a_layer_without_one_of_the_arrays_is_left_out(left_out):
+    arguments = dict(zip(("grads", "state", "updates", "params"), stepped(), strict=True))
+    arguments |= {name: arguments[name] | {"gain": None} for name in left_out}
+    measured = diagnostics.measure(*arguments.values(), tx=TX)
+    assert sorted(measured.names) == ["dense/bias", "dense/kernel"]
+
+
 def test_the_tree_may_be_one_array():
     measured = diagnostics.measure(*stepped(grads=jnp.ones(4), params=jnp.ones(4)), tx=TX)
     assert list(measured.bias_correction_factor) == ["(the whole tree)"]

@@ -113,6 +113,10 @@ def test_the_flat_form_and_a_safetensors_file(tmp_path):
     np.testing.assert_array_equal(params["fc"]["kernel"], tensors["fc.weight"].T)
 
 
+def test_random_keys_are_no_arrays_of_numbers():
+    assert interop.paths({"w": jnp.zeros(3), "dropout": jax.random.key(0), "step": 7}) == {"w": (3,)}
+
+
 def test_fills_a_state_that_is_only_shapes():
     tx = conventions.torch(optax.constant_schedule(0.1), momentum=0.9)
     theirs = torch_state("square_avg", "momentum_buffer")

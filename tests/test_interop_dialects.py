@@ -126,6 +126,13 @@ def test_keras_2_legacy_adds_epsilon_outside_where_it_has_no_momentum(momentum, 
     np.testing.assert_allclose(updates["w"], -0.1 * expected, rtol=1e-6)
 
 
+def test_keras_2_has_defaults():
+    theirs = {"RMSprop/w/rms:0": np.zeros(3), "RMSprop/iter:0": 7}
+    config = {"class_name": "RMSprop", "config": {"rho": 0.95, "decay": 0.0, "learning_rate": 0.1}}
+    tx, _ = interop.resume_keras(theirs, {"w": jnp.zeros(3)}, {"w:0": "w"}, config=config)
+    assert (tx.settings.decay, tx.settings.eps, tx.settings.centered) == (0.95, 1e-7, False)
+
+
 def test_a_decaying_learning_rate_of_keras_2_is_asked_for():
     theirs = {"RMSprop/w/rms:0": np.ones(3), "RMSprop/iter:0": 7}
     config = LEGACY | {"decay": 0.01, "learning_rate": 0.1}

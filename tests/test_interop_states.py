@@ -68,6 +68,18 @@ def through_torch(state, empty):
     return raw, interop.from_torch(theirs, empty, PARAMS, NAMES)
 
 
+@pytest.mark.parametrize("is_number", [False, True])
+def test_a_step_stays_the_number_or_the_tensor_that_it_is(is_number):
+    torch = pytest.importorskip("torch", reason="torch is not installed: make peers")
+    theirs = torch_state("square_avg")
+    for entry in theirs["state"].values():
+        entry["step"] = 7 if is_number else torch.tensor(7.0)
+    new = interop.to_torch(rmsprop(0.1, bias_correction=True).init(PARAMS), theirs, PARAMS, NAMES)
+    for entry in new["state"].values():
+        assert type(entry["step"]) is (int if is_number else torch.Tensor)
+        assert entry["step"] == 0
+
+
 def through_keras(state, empty):
     theirs = interop.to_keras(state, keras_variables("velocity"), PARAMS, KERAS_NAMES)
     raw = {name: theirs[f"rmsprop/fc_{name}_velocity"] for name in ("kernel", "bias")}
