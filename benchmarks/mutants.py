@@ -60,7 +60,7 @@ TESTS = {
     "interop/_names": "interop interop_partial interop_groups",
     "interop/_optax": "interop_optax interop_states interop_partial",
     "interop/_resume": "interop_groups interop_partial interop_dialects interop",
-    "interop/_torch": "interop interop_groups interop_partial",
+    "interop/_torch": "interop interop_groups interop_partial interop_states",
     "interop/_upgrade": "upgrade",
     "interop/_variables": "interop_dialects interop_files interop",
     "optimizer": "optimizer accumulators_state drop_in every_factory",
