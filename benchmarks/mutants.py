@@ -47,7 +47,7 @@ TESTS = {
     "accumulators/_factored": "factored factored_state accumulators_state",
     "diagnostics/_figures": "diagnostics_measure diagnostics_watch diagnostics_inside_jax",
     "diagnostics/_measure": "diagnostics_measure diagnostics_settings diagnostics_inside_jax",
-    "diagnostics/_run": "diagnostics_advise diagnostics_settings",
+    "diagnostics/_run": "diagnostics_advise diagnostics_settings diagnostics_watch",
     "diagnostics/_troubles": "diagnostics_advise",
     "diagnostics/_watch": "diagnostics_watch diagnostics_inside_jax diagnostics_settings",
     "interop/_arrays": "interop interop_states interop_files interop_dialects",

@@ -230,6 +230,13 @@ def test_the_proposed_decay_forgets_in_half_of_the_steps():
     assert np.exp(-125 * (1 - decay)) == pytest.approx(1 / 20**2, rel=0.02)
 
 
+def test_without_layers_or_steps_nothing_is_said():
+    history = history_of()
+    for names, table in (((), history.table[:, :, :0]), (history.names, history.table[:0])):
+        step = history.step[: len(table)]
+        assert diagnostics.advise(diagnostics.Measurement(step, names, table), losses=None) == []
+
+
 def test_one_run_of_several_is_asked_for():
     history = history_of()
     stacked = jax.tree.map(lambda x: np.stack([x, x]), history)

@@ -113,6 +113,14 @@ def test_the_flat_form_and_a_safetensors_file(tmp_path):
     np.testing.assert_array_equal(params["fc"]["kernel"], tensors["fc.weight"].T)
 
 
+@pytest.mark.parametrize("count", [2**31, -1, 1.5, np.nan, np.ones(2), "many"])
+def test_a_count_is_a_whole_number_that_int32_has(count):
+    state = rmsprop(0.1, bias_correction=True).init(PARAMS)
+    theirs = optax.rmsprop(0.1).init(PARAMS)
+    with pytest.raises(ValueError, match="expected a whole number of updates"):
+        interop.from_optax(theirs, state, count=count)
+
+
 def test_random_keys_are_no_arrays_of_numbers():
     assert interop.paths({"w": jnp.zeros(3), "dropout": jax.random.key(0), "step": 7}) == {"w": (3,)}
 
