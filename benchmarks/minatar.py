@@ -175,14 +175,15 @@ def table(data: dict[str, Any]) -> str:
 
 
 def sensitivity(data: dict[str, Any]) -> str:
-    """Breakout at the step sizes of the paper's sweep."""
+    """Breakout at the step sizes of the paper's sweep, after as many frames as all of them have."""
     of = {row["log2_step_size"]: row for row in _breakout(data) if row["optimizer"] == AUTHORS}
     final = dict(published("breakout")["final_return_by_log2_step_size"])
+    frames = POINT * min((len(row["curves"][0]) for row in of.values()), default=0)
     cells = [
-        [power(row), f"{final[log2]:.1f}", of_seeds(row, 500_000), f"{row['seeds']}"]
+        [power(row), f"{final[log2]:.1f}", of_seeds(row, frames), f"{row['seeds']}"]
         for log2, row in sorted(of.items())
     ]
-    return markdown(["step size", "published, 5,000,000 frames", "reached here, 500,000", "seeds"], cells)
+    return markdown(["step size", "published, 5,000,000 frames", f"reached here, {frames:,}", "seeds"], cells)
 
 
 def optimizers(data: dict[str, Any]) -> str:

@@ -232,7 +232,7 @@ def test_minatar_goes_on_and_shows_what_there_is(tmp_path):
     data = {"rows": [row, other]}
     assert "| breakout | 2^-9 | 100,000 | 4.5 | 4.0 (3.0 to 5.0) | 2 |" in minatar.table(data)
     assert "2^-8" not in minatar.table(data)
-    assert "| 2^-9 | 10.3 | not run | 2 |" in minatar.sensitivity(data)
+    assert "| 2^-9 | 10.3 | 4.0 (3.0 to 5.0) | 2 |" in minatar.sensitivity(data)
     assert "| `conventions.torch` | 2^-8 | 4.0 (3.0 to 5.0) | not run | not run | 2 |" in minatar.optimizers(
         data
     )
