@@ -100,12 +100,12 @@ def carried_out(job: Job, folder: Path) -> None:
 
 
 def summary(job: Job, folder: Path) -> dict[str, Any] | None:
-    """A job's curves, a list for each seed; None where nothing has been run.
+    """A job's curves, a list for each seed; None where no point has been reached.
 
     A curve has the mean return of the last 100 episodes, as the published ones, every POINT frames; none
     before 100 episodes have ended.
     """
-    if (has := done(folder)) is None:
+    if (has := done(folder)) is None or has["frames"] < POINT:
         return None
     frames = np.arange(POINT, has["frames"] + 1, POINT)
     curves = [example("dqn_minatar").last_100(episodes, frames) for episodes in has["episodes"]]
