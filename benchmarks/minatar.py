@@ -25,16 +25,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks._frame import (
-    environment,
-    example,
-    installed,
-    markdown,
-    parser,
-    save,
-    save_picture,
-    stored,
-)
+from benchmarks._frame import environment, example, installed, markdown, parser, save, save_picture, stored
 
 ROOT = Path(__file__).parents[1]
 POINT = 25_000  # frames between two points of a curve
@@ -102,8 +93,7 @@ def carried_out(job: Job, folder: Path) -> None:
 def summary(job: Job, folder: Path) -> dict[str, Any] | None:
     """A job's curves, a list for each seed; None where no point has been reached.
 
-    A curve has the mean return of the last 100 episodes, as the published ones, every POINT frames; none
-    before 100 episodes have ended.
+    A curve has the mean return of the last 100 episodes, as the published ones, every POINT frames.
     """
     if (has := done(folder)) is None or has["frames"] < POINT:
         return None
@@ -189,10 +179,11 @@ def sensitivity(data: dict[str, Any]) -> str:
 def optimizers(data: dict[str, Any]) -> str:
     """What breakout comes to with each optimizer in JAX, at each of its step sizes."""
     marks = (100_000, 200_000, 300_000)
-    ours = (row for row in _breakout(data) if row["optimizer"] != TORCH)
+    order = [AUTHORS, *OTHERS]
+    ours = (row for row in _breakout(data) if row["optimizer"] in order)
     cells = [
         [f"`{row['optimizer']}`", power(row), *(of_seeds(row, frames) for frames in marks), f"{row['seeds']}"]
-        for row in sorted(ours, key=lambda row: (row["optimizer"] != AUTHORS, row["log2_step_size"]))
+        for row in sorted(ours, key=lambda row: (order.index(row["optimizer"]), row["log2_step_size"]))
     ]
     return markdown(["", "step size", *(f"{frames:,} frames" for frames in marks), "seeds"], cells)
 

@@ -1,5 +1,6 @@
 """Models of several kinds, small and on data that is at hand, and runs that train and watch them."""
 
+import re
 from functools import cache, partial
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -209,3 +210,8 @@ def train(model, rate, decay=0.9, eps=1e-8, factors=(), seed=0, **form):
     with jax.numpy_rank_promotion("allow"):  # the models' biases
         state, losses, final = run(jax.random.key(seed), *arguments)
     return Run(diagnostics.history(state), np.asarray(losses), float(final))
+
+
+def number_after(text, words):
+    """The number in an advice."""
+    return float(re.search(re.escape(words) + r" ([-+.e\d]*\d)", text)[1])
