@@ -75,10 +75,12 @@ class Run:
 
 
 def steps_of(folder, begun=False):
-    """Steps of the whole checkpoints in a run's folder, or of all that have been begun."""
-    names = os.listdir(folder / "checkpoints") if (folder / "checkpoints").exists() else []
-    pattern = r"(\d+)(\.orbax-checkpoint-tmp.*)?" if begun else r"(\d+)"
-    return [int(found[1]) for name in names if (found := re.fullmatch(pattern, name))]
+    """Steps of the checkpoints in a run's folder that a run goes on from, or of all that have been begun."""
+    paths = [*(folder / "checkpoints").glob("*")]
+    if not begun:  # its checksum comes last, when Orbax has given a checkpoint its name
+        return [int(path.name) for path in paths if path.name.isdigit() and (path / "sha256").exists()]
+    pattern = r"(\d+)(\.orbax-checkpoint-tmp.*)?"
+    return [int(found[1]) for path in paths if (found := re.fullmatch(pattern, path.name))]
 
 
 def saved(folder, step):
