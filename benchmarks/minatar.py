@@ -250,10 +250,11 @@ def main(argv=None) -> None:
                 run.result()  # raises what it raised
                 if not args.short:
                     save("minatar", data())
-    print(*(show(data()) for show in (table, sensitivity, optimizers, beside_torch)), sep="\n\n")
+    found = data()
+    print(*(show(found) for show in (table, sensitivity, optimizers, beside_torch)), sep="\n\n")
     if not args.short:
-        draw(data()["rows"])
-        print(save("minatar", data()))
+        draw(found["rows"])
+        print(save("minatar", found))
 
 
 if __name__ == "__main__":

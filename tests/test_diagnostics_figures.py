@@ -11,7 +11,7 @@ from rmsprop_jax import diagnostics
 from rmsprop_jax.diagnostics._figures import FIGURES
 
 
-def history_of(steps=20, **figures):
+def history_of(steps=20, every=1, decay=0.8, **figures):
     """A healthy history of two layers, with some of its figures replaced in the second."""
     healthy = dict.fromkeys(FIGURES, 0.0) | {
         "gradient_rms": 1.0,
@@ -24,8 +24,8 @@ def history_of(steps=20, **figures):
     table = np.ones((steps, len(FIGURES), 2)) * np.array([healthy[name] for name in FIGURES])[:, None]
     for name, values in figures.items():
         table[:, FIGURES.index(name), 1] = values
-    step = np.arange(1, steps + 1)
-    table[:, FIGURES.index("bias_correction_factor")] = (1 - 0.8**step)[:, None]
+    step = every * np.arange(1, steps + 1)
+    table[:, FIGURES.index("bias_correction_factor")] = (1 - decay**step)[:, None]
     return diagnostics.Measurement(step, ("first", "second"), table)
 
 
@@ -73,18 +73,14 @@ def test_without_losses_that_compare_nothing_is_said_of_how_they_went(figures, l
 
 @pytest.mark.parametrize("decay", [0.5, 0.7, 0.96, 0.999])
 def test_the_memory_of_an_accumulator_is_read_off_its_bias_correction(decay):
-    history = history_of()
-    history.table[:, FIGURES.index("bias_correction_factor")] = (1 - decay**history.step)[:, None]
     memories = []
-    diagnostics.advise(history, troubles=[lambda run: memories.append(run.memory)])
+    diagnostics.advise(history_of(decay=decay), troubles=[lambda run: memories.append(run.memory)])
     assert memories == [pytest.approx(1 / (1 - decay))]
 
 
 def test_the_proposed_decay_forgets_in_half_of_the_steps():
     """Of the last third of 1,000 steps, 250: nu has to fall by 20^2, as gradients were 20 times larger."""
-    history = history_of(staleness=20.0, descent=0.1)
-    history.table[:, FIGURES.index("bias_correction_factor")] = (1 - 0.999 ** (50 * history.step))[:, None]
-    history = diagnostics.Measurement(50 * history.step, history.names, history.table)
+    history = history_of(every=50, decay=0.999, staleness=20.0, descent=0.1)
     (found,) = diagnostics.advise(history, np.ones(20))
     decay = number_after(found.remedy, "a smaller decay, such as")
     assert np.exp(-125 * (1 - decay)) == pytest.approx(1 / 20**2, rel=0.02)

@@ -228,7 +228,7 @@ def test_diagnostics_see_the_numbers():
 def test_a_donated_step_holds_no_squares(form, monkeypatch):
     """Blocks of 2^16, and a thirty-second of each leaf; not one of all squares."""
     if jax.default_backend() != "cpu":
-        pytest.skip("on CPU alone XLA stores squares that it sums")
+        pytest.skip("the blocks are for CPUs; tests/accelerators has the compilers for GPUs and TPUs")
     monkeypatch.setattr(jax, "device_count", lambda: 1)  # whatever other tests of this process asked for
     params = [jnp.ones((2048, 512)), jnp.ones((64, 9000)), jnp.ones(500)]
     compiled = compiled_step(rmsprop(warmup(1e-3), accumulator=FACTORED, **form), params)

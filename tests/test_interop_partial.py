@@ -11,8 +11,8 @@ import pytest
 from helpers import ACCUMULATORS, each_accumulator, step_of
 
 from rmsprop_jax import conventions, interop, rmsprop
-from rmsprop_jax.interop._match import hand_over
-from rmsprop_jax.interop._names import nearest
+from rmsprop_jax.interop._match import hand_over  # a checkpoint has several doubts at once
+from rmsprop_jax.interop._names import nearest  # an error has the whole sentence about a name
 
 PARAMS = {"fc": {"kernel": jnp.ones((5, 3)), "bias": jnp.ones(3)}, "head": jnp.ones((3, 2))}
 NAMES = {"fc.weight": ("fc/kernel", (1, 0)), "fc.bias": "fc/bias"}

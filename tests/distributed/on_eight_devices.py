@@ -242,7 +242,7 @@ def test_accumulators_in_the_hosts_memory():
     """The recipe of sharding.py."""
     kinds = {memory.kind for memory in jax.devices()[0].addressable_memories()}
     if "pinned_host" not in kinds:
-        pytest.skip(f"this backend has {kinds}")
+        pytest.skip(f"the recipe needs pinned_host, this backend has {kinds}")
     if jax.__version_info__ < (0, 10) and jax.default_backend() == "cpu":
         pytest.skip("XLA of that time places nothing in the host's memory on a mesh of CPU devices")
     mesh = data_mesh()
