@@ -56,5 +56,6 @@ def pytest_runtest_teardown(item, nextitem):
     if nextitem is None or nextitem.path != item.path:
         jax.clear_caches()
         gc.collect()
+        gc.freeze()  # what is left are modules: with other frameworks' a collection takes a second
         malloc_trim(0)
     return result
