@@ -4,12 +4,14 @@ Trains the agent of examples/dqn_minatar.py with PyTorch's centred RMSProp, whic
 each at the step size of its published curve, and breakout at the other step sizes of the paper's sweep. On
 breakout also with what one may take for it, at three step sizes each: eps under the root (`conventions.dqn`,
 which is `optax.rmsprop(centered=True)`), without centring, and Adam. PyTorch's own run, on MinAtar itself,
-stands beside. Each run is a process with one thread, two of them at a time; together they take some five
-hours on two cores. After Ctrl-C the same command goes on; what the results have is not run again.
+stands beside. Together they take some five hours on two cores, one process after the other: one of two seeds
+takes both cores, and no longer than one of a single seed, whose weight gradients XLA stores transposed, so
+that the optimizer reads them in strides. After Ctrl-C the same command goes on; what the results have is not
+run again.
 
     python -m benchmarks minatar                all that is not finished, the data kept after each run
     python -m benchmarks minatar --collect      the tables and pictures of what there is
-    python -m benchmarks minatar --frames 5000000 --seeds 30 --workers 1     as published, for a GPU
+    python -m benchmarks minatar --frames 5000000 --seeds 30     as published, for a GPU
 """
 
 import json
@@ -17,20 +19,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks._frame import environment, example, installed, markdown, parser, save, save_picture, stored
 
 ROOT = Path(__file__).parents[1]
+PUBLISHED = json.loads((ROOT / "examples" / "minatar_published.json").read_text())["games"]
 POINT = 25_000  # frames between two points of a curve
 AUTHORS, TORCH = "conventions.torch", "torch.optim.RMSprop"
-_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 class Job(NamedTuple):
@@ -45,15 +45,19 @@ class Job(NamedTuple):
         return f"{self.game}-{self.optimizer}-2^{self.log2_step_size}"
 
 
+def as_published(game: str, frames: int, seeds: int) -> Job:
+    return Job(game, AUTHORS, PUBLISHED[game]["log2_step_size"], frames, seeds)
+
+
 OTHERS = {"conventions.dqn": (-8, -7, -6), "uncentred": (-10, -9, -8), "adam": (-12, -11, -10)}
 JOBS = [
-    Job("breakout", AUTHORS, -9, 1_000_000, 3),
-    *(Job("breakout", name, log2, 300_000, 1) for name, tried in OTHERS.items() for log2 in tried),
-    *(Job("breakout", AUTHORS, log2, 500_000, 1) for log2 in (-8, -10, -11, -12, -13)),
-    Job("freeway", AUTHORS, -11, 1_000_000, 1),
-    Job("asterix", AUTHORS, -13, 1_500_000, 1),
-    Job("space_invaders", AUTHORS, -12, 500_000, 1),
-    Job("breakout", TORCH, -9, 200_000, 1),
+    as_published("breakout", 1_000_000, 3),
+    *(Job("breakout", AUTHORS, log2, 500_000, 2) for log2 in (-8, -10, -11, -12, -13)),
+    as_published("space_invaders", 500_000, 2),
+    *(Job("breakout", name, log2, 300_000, 2) for name, tried in OTHERS.items() for log2 in tried),
+    as_published("freeway", 1_000_000, 3),
+    as_published("asterix", 1_500_000, 3),
+    as_published("breakout", 200_000, 2)._replace(optimizer=TORCH),
 ]
 
 
@@ -63,11 +67,12 @@ def command(job: Job, folder: Path) -> list[str] | None:
     has = done(folder)
     if has is not None and has["frames"] >= job.frames:
         return None
+    options += ["--seeds", str(job.seeds)]
     if job.optimizer == TORCH:
         return [sys.executable, "-m", "benchmarks.minatar_torch", *options, "--out", str(returns(folder))]
     program = [sys.executable, "examples/dqn_minatar.py", *options, "--optimizer", job.optimizer]
     resume = [] if has is None else ["--resume"]
-    return [*program, "--seeds", str(job.seeds), "--out", str(folder), *resume]
+    return [*program, "--out", str(folder), *resume]
 
 
 def returns(folder: Path) -> Path:
@@ -81,12 +86,11 @@ def done(folder: Path) -> dict[str, Any] | None:
 
 def carried_out(job: Job, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    flags = os.environ.get("XLA_FLAGS", "") + ("" if jax.default_backend() != "cpu" else f" {_THREAD}")
     if (program := command(job, folder)) is None:
         return
     print(" ".join(program[1:]), flush=True)
     with open(folder / "log.txt", "a") as log:
-        env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run(program, cwd=ROOT, env=env, stdout=log, stderr=log, check=True)
 
 
@@ -112,9 +116,12 @@ def summary(job: Job, folder: Path) -> dict[str, Any] | None:
 
 
 def together(jobs: dict[Job, Path], kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each job of which there is something: of what has been run here, or else what was kept."""
-    made = (summary(job, folder) or row_of(kept, job) for job, folder in jobs.items())
-    return [row for row in made if row]
+    """A row for each job of which there is something: what was run here, or what was kept if that is more."""
+    rows = []
+    for job, folder in jobs.items():
+        found = [row for row in (summary(job, folder), row_of(kept, job)) if row]
+        rows += sorted(found, key=lambda row: (row["frames"], row["seeds"]))[-1:]
+    return rows
 
 
 def row_of(rows: list[dict[str, Any]], job: Job) -> dict[str, Any] | None:
@@ -126,10 +133,6 @@ def row_of(rows: list[dict[str, Any]], job: Job) -> dict[str, Any] | None:
 def finished(job: Job, rows: list[dict[str, Any]]) -> bool:
     row = row_of(rows, job)
     return row is not None and row["frames"] >= job.frames and row["seeds"] >= job.seeds
-
-
-def published(game: str) -> dict[str, Any]:
-    return example("dqn_minatar").PUBLISHED[game]
 
 
 def of_seeds(row: dict[str, Any], frames: int) -> str:
@@ -148,7 +151,7 @@ def power(row: dict[str, Any]) -> str:
 
 def at_published_step_size(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ours = [row for row in rows if row["optimizer"] == AUTHORS]
-    return [row for row in ours if row["log2_step_size"] == published(row["game"])["log2_step_size"]]
+    return [row for row in ours if row["log2_step_size"] == PUBLISHED[row["game"]]["log2_step_size"]]
 
 
 def table(data: dict[str, Any]) -> str:
@@ -157,7 +160,7 @@ def table(data: dict[str, Any]) -> str:
     for row in at_published_step_size(data["rows"]):
         points = len(row["curves"][0])
         for frames in (POINT * (points // part) for part in (4, 2, 1)):
-            line = np.interp(frames, *np.transpose(published(row["game"])["curve"]))
+            line = np.interp(frames, *np.transpose(PUBLISHED[row["game"]]["curve"]))
             name = row["game"].replace("_", " ")
             seeds = f"{row['seeds']}"
             cells.append([name, power(row), f"{frames:,}", f"{line:.1f}", of_seeds(row, frames), seeds])
@@ -167,7 +170,7 @@ def table(data: dict[str, Any]) -> str:
 def sensitivity(data: dict[str, Any]) -> str:
     """Breakout at the step sizes of the paper's sweep, after as many frames as all of them have."""
     of = {row["log2_step_size"]: row for row in _breakout(data) if row["optimizer"] == AUTHORS}
-    final = dict(published("breakout")["final_return_by_log2_step_size"])
+    final = dict(PUBLISHED["breakout"]["final_return_by_log2_step_size"])
     frames = POINT * min((len(row["curves"][0]) for row in of.values()), default=0)
     cells = [
         [power(row), f"{final[log2]:.1f}", of_seeds(row, frames), f"{row['seeds']}"]
@@ -214,7 +217,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         label = f"reached here, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
         (line,) = axes.plot(frames, curves.mean(axis=0), lw=2, label=label)
         axes.fill_between(frames, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.2)
-        curve = published(row["game"])["curve"]
+        curve = PUBLISHED[row["game"]]["curve"]
         axes.plot(*zip(*curve, strict=True), "k--", lw=1.5, label="published, 30 seeds")
         title = f"{row['game'].replace('_', ' ')}, step size {power(row)}"
         axes.set(title=title, xlabel="frames", xlim=(0, 1.5 * frames[-1]), ylim=(0, None))
@@ -228,7 +231,6 @@ def main(argv=None) -> None:
     options.add_argument("--collect", action="store_true", help="run nothing")
     options.add_argument("--frames", type=int, help="of every run, in place of the list's")
     options.add_argument("--seeds", type=int, help="of every run, in place of the list's")
-    options.add_argument("--workers", type=int, default=2, help="runs at a time")
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "minatar", help="folder for the runs")
     args = options.parse_args(argv)
     jobs, kept = JOBS, (stored("minatar") or {"rows": []})["rows"]
@@ -245,11 +247,10 @@ def main(argv=None) -> None:
         missing = [job for job in folders if not finished(job, kept)]
         if len(installed("torch", "minatar")) < 2:
             missing = [job for job in missing if job.optimizer != TORCH]
-        with ThreadPoolExecutor(args.workers) as pool:
-            for run in as_completed([pool.submit(carried_out, job, folders[job]) for job in missing]):
-                run.result()  # raises what it raised
-                if not args.short:
-                    save("minatar", data())
+        for job in missing:
+            carried_out(job, folders[job])
+            if not args.short:
+                save("minatar", data())
     found = data()
     print(*(show(found) for show in (table, sensitivity, optimizers, beside_torch)), sep="\n\n")
     if not args.short:

@@ -1,6 +1,6 @@
 """The agent of examples/dqn_minatar.py in PyTorch, on MinAtar's own games: what `minatar` compares with.
 
-python -m benchmarks.minatar_torch --game breakout --step-size 0.00195 --frames 200000 --seed 0 --out FILE
+python -m benchmarks.minatar_torch --game breakout --step-size 0.00195 --frames 200000 --seeds 2 --out FILE
 """
 
 import argparse
@@ -99,15 +99,15 @@ def main(argv=None) -> None:
     parser.add_argument("--game", choices=dqn.PUBLISHED, default="breakout")
     parser.add_argument("--frames", type=int, default=200_000)
     parser.add_argument("--step-size", type=float, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="how many, one after the other")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the network is small
     begun = time.perf_counter()
-    episodes = train(args.game, args.step_size, args.frames, args.seed)
+    episodes = [train(args.game, args.step_size, args.frames, seed) for seed in range(args.seeds)]
     seconds = time.perf_counter() - begun
     about = {"game": args.game, "optimizer": "torch.optim.RMSprop", "step_size": args.step_size}
-    done = {"seeds": 1, "frames": args.frames, "episodes": [episodes], "seconds": seconds}
+    done = {"seeds": args.seeds, "frames": args.frames, "episodes": episodes, "seconds": seconds}
     args.out.write_text(json.dumps(about | done))
 
 

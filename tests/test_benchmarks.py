@@ -225,10 +225,11 @@ def test_minatar_goes_on_and_shows_what_there_is(tmp_path):
     assert minatar.finished(job._replace(frames=100_000), [row])
     assert not minatar.finished(job._replace(log2_step_size=-8), [row])
     other = row | {"log2_step_size": -8}
-    assert minatar.together({job: tmp_path, job._replace(log2_step_size=-8): tmp_path / "none"}, [other]) == [
-        row,
-        other,
-    ]
+    folders = {job: tmp_path, job._replace(log2_step_size=-8): tmp_path / "none"}
+    assert minatar.together(folders, [other]) == [row, other]
+    longer, fewer = row | {"frames": 200_000}, row | {"seeds": 1}
+    assert minatar.together({job: tmp_path}, [longer]) == [longer]  # until this run has come as far
+    assert minatar.together({job: tmp_path}, [fewer]) == [row]
     data = {"rows": [row, other]}
     assert "| breakout | 2^-9 | 100,000 | 4.5 | 4.0 (3.0 to 5.0) | 2 |" in minatar.table(data)
     assert "2^-8" not in minatar.table(data)
