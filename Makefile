@@ -37,7 +37,7 @@ train: $(VENV)/.installed
 
 # Most of the time goes into compiling: XLA's older code for CPUs, which runs as fast, compiles in 60% of it.
 test: SELECTION = -m 'not slow'
-test-all: export XLA_FLAGS += --xla_cpu_use_fusion_emitters=false
+test-all mutants: export XLA_FLAGS += --xla_cpu_use_fusion_emitters=false
 test test-all: $(VENV)/.installed
 	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(SELECTION) $(PYTEST_ARGS)
 

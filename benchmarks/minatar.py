@@ -4,10 +4,8 @@ Trains the agent of examples/dqn_minatar.py with PyTorch's centred RMSProp, whic
 each at the step size of its published curve, and breakout at the other step sizes of the paper's sweep. On
 breakout also with what one may take for it, at three step sizes each: eps under the root (`conventions.dqn`,
 which is `optax.rmsprop(centered=True)`), without centring, and Adam. PyTorch's own run, on MinAtar itself,
-stands beside. Together they take some five hours on two cores, one process after the other: one of two seeds
-takes both cores, and no longer than one of a single seed, whose weight gradients XLA stores transposed, so
-that the optimizer reads them in strides. After Ctrl-C the same command goes on; what the results have is not
-run again.
+stands beside. Together they take some five hours on two cores, one process after the other; two seeds in a
+process take no longer than one. After Ctrl-C the same command goes on; what the results have is not run again.
 
     python -m benchmarks minatar                all that is not finished, the data kept after each run
     python -m benchmarks minatar --collect      the tables and pictures of what there is
