@@ -5,7 +5,8 @@ each at the step size of its published curve, and breakout at the other step siz
 breakout also with what one may take for it, at three step sizes each: eps under the root (`conventions.dqn`,
 which is `optax.rmsprop(centered=True)`), without centring, and Adam. PyTorch's own run, on MinAtar itself,
 stands beside. Together they take some five hours on two cores, one process after the other; two seeds in a
-process take no longer than one. After Ctrl-C the same command goes on; what the results have is not run again.
+process take no longer than one. After Ctrl-C the same command goes on; what the results have is not run
+again.
 
     python -m benchmarks minatar                all that is not finished, the data kept after each run
     python -m benchmarks minatar --collect      the tables and pictures of what there is
