@@ -35,8 +35,8 @@ LOWEST_TESTS = $(wildcard tests/test_interop*.py tests/test_diagnostics_watch.py
 train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
 
-# Most of the time goes into compiling: XLA's older code for CPUs, which runs as fast, compiles in 60% of it.
 test: SELECTION = -m 'not slow'
+# Most of the time goes into compiling: XLA's older code for CPUs, which runs as fast, compiles in 60% of it.
 test-all mutants: export XLA_FLAGS += --xla_cpu_use_fusion_emitters=false
 test test-all: $(VENV)/.installed
 	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(SELECTION) $(PYTEST_ARGS)

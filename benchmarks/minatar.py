@@ -27,9 +27,10 @@ from matplotlib.figure import Figure
 from benchmarks._frame import environment, example, installed, markdown, parser, save, save_picture, stored
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = json.loads((ROOT / "examples" / "minatar_published.json").read_text())["games"]
 POINT = 25_000  # frames between two points of a curve
 AUTHORS, TORCH = "conventions.torch", "torch.optim.RMSprop"
+
+dqn = example("dqn_minatar")
 
 
 class Job(NamedTuple):
@@ -45,7 +46,7 @@ class Job(NamedTuple):
 
 
 def as_published(game: str, frames: int, seeds: int) -> Job:
-    return Job(game, AUTHORS, PUBLISHED[game]["log2_step_size"], frames, seeds)
+    return Job(game, AUTHORS, dqn.PUBLISHED[game]["log2_step_size"], frames, seeds)
 
 
 OTHERS = {"conventions.dqn": (-8, -7, -6), "uncentred": (-10, -9, -8), "adam": (-12, -11, -10)}
@@ -101,7 +102,7 @@ def summary(job: Job, folder: Path) -> dict[str, Any] | None:
     if (has := done(folder)) is None or has["frames"] < POINT:
         return None
     frames = np.arange(POINT, has["frames"] + 1, POINT)
-    curves = [example("dqn_minatar").last_100(episodes, frames) for episodes in has["episodes"]]
+    curves = [dqn.last_100(episodes, frames) for episodes in has["episodes"]]
     return {
         "game": job.game,
         "optimizer": job.optimizer,
@@ -150,7 +151,7 @@ def power(row: dict[str, Any]) -> str:
 
 def at_published_step_size(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ours = [row for row in rows if row["optimizer"] == AUTHORS]
-    return [row for row in ours if row["log2_step_size"] == PUBLISHED[row["game"]]["log2_step_size"]]
+    return [row for row in ours if row["log2_step_size"] == dqn.PUBLISHED[row["game"]]["log2_step_size"]]
 
 
 def table(data: dict[str, Any]) -> str:
@@ -159,7 +160,7 @@ def table(data: dict[str, Any]) -> str:
     for row in at_published_step_size(data["rows"]):
         points = len(row["curves"][0])
         for frames in (POINT * (points // part) for part in (4, 2, 1)):
-            line = np.interp(frames, *np.transpose(PUBLISHED[row["game"]]["curve"]))
+            line = np.interp(frames, *np.transpose(dqn.PUBLISHED[row["game"]]["curve"]))
             name = row["game"].replace("_", " ")
             seeds = f"{row['seeds']}"
             cells.append([name, power(row), f"{frames:,}", f"{line:.1f}", of_seeds(row, frames), seeds])
@@ -169,7 +170,7 @@ def table(data: dict[str, Any]) -> str:
 def sensitivity(data: dict[str, Any]) -> str:
     """Breakout at the step sizes of the paper's sweep, after as many frames as all of them have."""
     of = {row["log2_step_size"]: row for row in _breakout(data) if row["optimizer"] == AUTHORS}
-    final = dict(PUBLISHED["breakout"]["final_return_by_log2_step_size"])
+    final = dict(dqn.PUBLISHED["breakout"]["final_return_by_log2_step_size"])
     frames = POINT * min((len(row["curves"][0]) for row in of.values()), default=0)
     cells = [
         [power(row), f"{final[log2]:.1f}", of_seeds(row, frames), f"{row['seeds']}"]
@@ -216,7 +217,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         label = f"reached here, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
         (line,) = axes.plot(frames, curves.mean(axis=0), lw=2, label=label)
         axes.fill_between(frames, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.2)
-        curve = PUBLISHED[row["game"]]["curve"]
+        curve = dqn.PUBLISHED[row["game"]]["curve"]
         axes.plot(*zip(*curve, strict=True), "k--", lw=1.5, label="published, 30 seeds")
         title = f"{row['game'].replace('_', ' ')}, step size {power(row)}"
         axes.set(title=title, xlabel="frames", xlim=(0, 1.5 * frames[-1]), ylim=(0, None))
