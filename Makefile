@@ -20,6 +20,9 @@ DOCS_VENV ?= .venv-docs
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 PY = $(VENV)/bin/python
+# uv installs in a tenth of pip's time. Of pip's settings it is told where wheels lie.
+INSTALL = UV_FIND_LINKS="$$($(PY) -m pip config list | sed -n "s/.*find-links='\(.*\)'/\1/p" | head -n 1)" \
+    $(VENV)/bin/uv pip install --quiet $(PIP_ARGS) --python
 
 TYPES_FLOOR = 100
 OUT ?= gpu
@@ -36,8 +39,9 @@ train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
 
 test: SELECTION = -m 'not slow'
-# Most of the time goes into compiling: XLA's older code for CPUs, which runs as fast, compiles in 60% of it.
+# Most of the time goes into compiling: XLA's older code for CPUs, not optimized, takes half of it.
 test-all mutants: export XLA_FLAGS += --xla_cpu_use_fusion_emitters=false
+test-all mutants: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
 test test-all: $(VENV)/.installed
 	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(SELECTION) $(PYTEST_ARGS)
 
@@ -53,7 +57,7 @@ package: $(VENV)/.packaging
 	$(PY) -m check_wheel_contents dist/*.whl
 	$(PY) -m pyroma --min 10 dist/*.tar.gz
 	$(PYTHON) -m venv --clear $(WHEEL)
-	$(WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl $(PIP_ARGS)
+	$(INSTALL) $(WHEEL) dist/*.whl
 	JAX_PLATFORMS=cpu $(WHEEL)/bin/python -I -W error packaging/smoke.py
 
 # pyright reads the package as it is installed, for which it has to be the PATH's python that has it.
@@ -62,18 +66,16 @@ types: package
 	    --verifytypes rmsprop_jax --ignoreexternal --outputjson > types.json || true
 	$(PY) .ci/types $(WHEEL)/types.json $(TYPES_FLOOR)
 
-# pip has no way to choose the oldest; uv has.
-lowest:
+lowest: $(VENV)/.uv
 	$(PYTHON) -m venv --clear $(LOWEST)
-	$(LOWEST)/bin/python -m pip install --quiet uv
-	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --resolution lowest-direct --editable '.[all]' --group test
+	$(INSTALL) $(LOWEST) --resolution lowest-direct --editable '.[all]' --group test
 	$(LOWEST)/bin/python -m pytest -q $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 mutants: $(VENV)/.mutants
 	$(PY) -m benchmarks mutants $(MUTANTS)
 
 $(VENV)/.mutants: $(VENV)/.installed
-	$(PY) -m pip install --quiet --group mutants $(PIP_ARGS)
+	$(INSTALL) $(VENV) --group mutants
 	touch $@
 
 format: $(VENV)/.installed
@@ -85,10 +87,9 @@ format: $(VENV)/.installed
 docs: $(DOCS_VENV)/.installed docs/_static/mathjax/tex-svg.js
 	$(DOCS_VENV)/bin/python -m sphinx -W --keep-going -n -a -b html docs docs/_build/html
 
-$(DOCS_VENV)/.installed: pyproject.toml
+$(DOCS_VENV)/.installed: pyproject.toml $(VENV)/.uv
 	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(DOCS_VENV)/bin/python -m pip install --quiet --editable '.[examples]' --group docs $(PIP_ARGS)
+	$(INSTALL) $(DOCS_VENV) --editable '.[examples]' --group docs
 	touch $@
 
 # Formulas are typeset in the browser by this one file, which the site brings along.
@@ -102,8 +103,8 @@ peers: $(VENV)/.peers
 
 # The last line's other dependencies are large, and no one optimizer needs them.
 $(VENV)/.peers: $(VENV)/.installed
-	$(PY) -m pip install --quiet --group peers $(PIP_ARGS)
-	$(PY) -m pip install --quiet --no-deps bitsandbytes dm-sonnet minatar stable-baselines3 timm $(PIP_ARGS)
+	$(INSTALL) $(VENV) --group peers
+	$(INSTALL) $(VENV) --no-deps bitsandbytes dm-sonnet minatar stable-baselines3 timm
 	touch $@
 
 # In a virtual environment of its own: with these installed, JAX looks for GPUs and TPUs wherever it runs.
@@ -112,13 +113,11 @@ accelerators: $(ACCELERATORS)/.installed
 	$(ACCELERATORS)/bin/python -m benchmarks accelerators --short
 
 # Without their dependencies: 320 MB, and neither CUDA's libraries nor a driver.
-$(ACCELERATORS)/.installed: pyproject.toml
+$(ACCELERATORS)/.installed: pyproject.toml $(VENV)/.uv
 	test -x $(ACCELERATORS)/bin/python || $(PYTHON) -m venv $(ACCELERATORS)
-	$(ACCELERATORS)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(ACCELERATORS)/bin/python -m pip install --quiet --editable . --group test $(PIP_ARGS)
+	$(INSTALL) $(ACCELERATORS) --editable . --group test
 	version=$$($(ACCELERATORS)/bin/python -c 'import jax; print(jax.__version__)') && \
-	$(ACCELERATORS)/bin/python -m pip install --quiet --no-deps \
-	    jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version libtpu
+	$(INSTALL) $(ACCELERATORS) --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version libtpu
 	touch $@
 
 # With the interpreter's own JAX where it has one that sees the GPU.
@@ -128,19 +127,21 @@ gpu:
 	else $(MAKE) $(VENV)/.gpu && $(PY) -m benchmarks gpu --out $(OUT); fi
 
 $(VENV)/.gpu: $(VENV)/.installed
-	$(PY) -m pip install --quiet 'jax[$(CUDA)]' $(PIP_ARGS)
+	$(INSTALL) $(VENV) 'jax[$(CUDA)]'
 	touch $@
 
 $(VENV)/.packaging: $(VENV)/.installed
-	$(PY) -m pip install --quiet --group package $(PIP_ARGS)
+	$(INSTALL) $(VENV) --group package
 	touch $@
 
-# pip understands dependency groups from 25.1 on.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(VENV)/.uv
+	$(INSTALL) $(VENV) --editable '.[examples]' --group check --group test
+	touch $@
+
+$(VENV)/.uv:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade 'pip>=25.1'
-	$(PY) -m pip install --quiet --editable '.[examples]' --group check --group test $(PIP_ARGS)
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
 	touch $@
 
 clean:

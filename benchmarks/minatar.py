@@ -52,11 +52,11 @@ def as_published(game: str, frames: int, seeds: int) -> Job:
 OTHERS = {"conventions.dqn": (-8, -7, -6), "uncentred": (-10, -9, -8), "adam": (-12, -11, -10)}
 JOBS = [
     as_published("breakout", 1_000_000, 3),
-    *(Job("breakout", AUTHORS, log2, 500_000, 2) for log2 in (-8, -10, -11, -12, -13)),
     as_published("space_invaders", 500_000, 2),
+    as_published("freeway", 1_000_000, 2),
+    as_published("asterix", 1_500_000, 2),
+    *(Job("breakout", AUTHORS, log2, 500_000, 2) for log2 in (-8, -10, -11, -12, -13)),
     *(Job("breakout", name, log2, 300_000, 2) for name, tried in OTHERS.items() for log2 in tried),
-    as_published("freeway", 1_000_000, 3),
-    as_published("asterix", 1_500_000, 3),
     as_published("breakout", 200_000, 2)._replace(optimizer=TORCH),
 ]
 

@@ -43,9 +43,9 @@ TROUBLES = {
         rmsprop(0.3), rmsprop(0.005), change="learning rate 0.3 -> 0.005", figure="update_ratio"
     ),
     "unstable start": Trouble(
-        rmsprop(0.03, decay=0.99),
-        rmsprop(warmup(0.03, decay=0.99), decay=0.99),
-        change="warmup(0.03, decay=0.99)",
+        rmsprop(0.015, decay=0.99),
+        rmsprop(warmup(0.015, decay=0.99), decay=0.99),
+        change="warmup(0.015, decay=0.99)",
         figure="update_ratio",
     ),
     "stale accumulator": Trouble(
@@ -102,6 +102,10 @@ def loss_fn(params, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def mean_of_last_50(losses):
+    return losses[-50:].mean()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600, help="of each run")
@@ -119,8 +123,9 @@ def main():
         print(f"\n{name}\n")
         print(*diagnostics.advise(history, losses), sep="\n")
         left = diagnostics.advise(after, mended) or "nothing"
-        print(f"\n{trouble.change}: mean loss of the last 50 steps ", end="")
-        print(f"{losses[-50:].mean():.3g} -> {mended[-50:].mean():.3g}; advise now says {left}.")
+        highest, last = (f"{of(losses):.3g} -> {of(mended):.3g}" for of in (np.max, mean_of_last_50))
+        print(f"\n{trouble.change}: highest loss {highest}, mean of the last 50 {last}; ", end="")
+        print(f"advise now says {left}.")
     draw(args.out, runs)
     print(f"\nThe picture is {args.out}")
 

@@ -29,6 +29,7 @@ TWO_BY_FOUR = ("--processes=2", "--devices=4")
 def environment(tmp_path_factory):
     return os.environ | {
         "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",  # see shortened.AS_USERS
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
