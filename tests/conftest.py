@@ -23,6 +23,16 @@ def strict():
 
 
 @pytest.fixture
+def optimized():
+    """As users compile, for bits as an earlier version had them: `make test-all` optimizes less."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.fixture
 def x64():
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)

@@ -21,6 +21,7 @@ ALL = [*write.optimizers()]
 VERSIONS = sorted(path.name for path in FOLDER.glob("[0-9]*"))
 TRUTH = {version: dict(np.load(FOLDER / version / "truth.npz")) for version in VERSIONS}
 RELEASED = [(version, name) for version in VERSIONS for name in TRUTH[version]]  # 0.1.0 had no "factored"
+pytestmark = pytest.mark.usefixtures("optimized")
 each_released = pytest.mark.parametrize(("version", "name"), RELEASED)
 each_version = pytest.mark.parametrize("version", VERSIONS)
 

@@ -106,6 +106,11 @@ def assert_equal_runs(actual, expected):
         np.testing.assert_array_equal(array.view(np.uint32), expected_arrays[name].view(np.uint32), name)
 
 
+def enough(seen):
+    """On a machine that is busy more of the kills fall into a start, and it takes more of them."""
+    return seen["kills"] >= KILLS and seen["in the midst of training"] >= KILLS // 2
+
+
 def main(folder):
     rng = random.Random(0)
     undisturbed, time_to_start = {}, {}
@@ -120,12 +125,12 @@ def main(folder):
 
     seen = collections.Counter()
     for number in itertools.count():  # of runs, each killed and resumed until it comes to its end
-        if seen["kills"] == KILLS:
+        if enough(seen):
             break
         count, disturbed = 1 + number % 2, folder / f"killed-{number}"
         while STEPS not in steps_of(disturbed):
             run = Run(disturbed, count)
-            if seen["kills"] == KILLS:
+            if enough(seen):
                 run.finish()
                 break
             start = max(steps_of(disturbed), default=0)
@@ -148,7 +153,6 @@ def main(folder):
     for name, times in seen.items():
         print(f"{times:3} {name}")
     assert min(seen["of one of 2"], seen["of all of 2"], seen["of all of 1"]) >= 3
-    assert seen["in the midst of training"] >= KILLS // 2
     assert seen["while saving"] >= 3
 
 

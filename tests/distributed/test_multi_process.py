@@ -212,4 +212,4 @@ def test_killed_at_random_moments_nothing_is_lost(environment, tmp_path):
     path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{EXAMPLES}"}
     result = subprocess.run(command, env=environment | path, text=True, capture_output=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "22 kills" in result.stdout
+    assert int(re.search(r"(\d+) kills", result.stdout)[1]) >= 22
