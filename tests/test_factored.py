@@ -251,7 +251,7 @@ def test_derivatives_are_finite_where_squares_are_not_numbers(size):
 
 
 @pytest.mark.parametrize("shape", [(130, 700), (700, 130), (3, 300, 301), (300, 3, 400), (20, 5000)], ids=str)
-def test_in_blocks_the_means_are_the_same(shape):
+def test_in_blocks_the_means_are_the_same(shape, optimized):
     """What XLA on CPU is given on one device, with a block of what is left."""
     g = jnp.asarray(gradients(shape, 1)[0], jnp.float32)
     over = accumulators.Factored(2).over(shape)
