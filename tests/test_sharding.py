@@ -11,6 +11,7 @@ import optax
 import pytest
 from helpers import each
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from shortened import AS_USERS
 
 from rmsprop_jax import accumulators, rmsprop, rows, warmup
 from rmsprop_jax.sharding import state_sharding
@@ -121,7 +122,7 @@ def test_on_eight_simulated_devices(pytestconfig):
         [*command, *map(str, programs)],
         text=True,
         capture_output=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},  # bits are those of code as users have it
+        env=os.environ | AS_USERS | {"JAX_PLATFORMS": "cpu"},  # it compares bits
         timeout=600,
     )
     assert result.returncode == 0, result.stdout[-8000:]

@@ -17,7 +17,7 @@ pytest.importorskip("flax", reason="the examples' extra is not installed")
 import jax
 import jax.numpy as jnp
 from killed_runs import assert_equal_runs, saved
-from shortened import EXAMPLES, ROOT, assert_drawn, copied, example
+from shortened import AS_USERS, EXAMPLES, ROOT, assert_drawn, copied, example
 
 STEPS, EVERY = 18, 6
 SHORT = (f"--steps={STEPS}", f"--every={EVERY}")
@@ -27,12 +27,12 @@ TWO_BY_FOUR = ("--processes=2", "--devices=4")
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    return os.environ | {
+    own = {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",  # see shortened.AS_USERS
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    return os.environ | AS_USERS | own
 
 
 @pytest.fixture(scope="module")
