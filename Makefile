@@ -23,6 +23,8 @@ PY = $(VENV)/bin/python
 # uv installs in a tenth of pip's time. Of pip's settings it is told where wheels lie.
 INSTALL = UV_FIND_LINKS="$$($(PY) -m pip config list | sed -n "s/.*find-links='\(.*\)'/\1/p" | head -n 1)" \
     $(VENV)/bin/uv pip install --quiet $(PIP_ARGS) --python
+# It leaves compiling to Python, which is to do it once and not at each start.
+unexport PYTHONDONTWRITEBYTECODE
 
 TYPES_FLOOR = 100
 OUT ?= gpu
