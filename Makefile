@@ -41,9 +41,8 @@ train: $(VENV)/.installed
 	$(PY) examples/char_rnn.py
 
 test: SELECTION = -m 'not slow'
-# Most of the time goes into compiling: XLA's older code for CPUs, not optimized, takes half of it.
-test-all mutants: export XLA_FLAGS += --xla_cpu_use_fusion_emitters=false
-test-all mutants: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
+# Most of the time goes into compiling.
+test-all: SELECTION = --unoptimized
 test test-all: $(VENV)/.installed
 	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(SELECTION) $(PYTEST_ARGS)
 

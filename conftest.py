@@ -16,6 +16,9 @@ LONGEST = ("test_sharding.py", "test_multi_process.py", "test_examples.py")
 
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, help="of a test with more parameters the first ones and the last")
+    parser.addoption(
+        "--unoptimized", action="store_true", help="compile in half the time, for slower programs"
+    )
 
 
 def pytest_configure(config):
@@ -23,6 +26,11 @@ def pytest_configure(config):
 
     `make clean`, or pytest's `--cache-clear`, empties the cache; JAX compiles what another version wrote.
     """
+    if config.option.unoptimized:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in the processes that tests start, too
+        jax.config.update("jax_disable_most_optimizations", True)
+        if jax.__version_info__ < (0, 11, 1):  # XLA has had its older code for CPUs until then
+            os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
     if not hasattr(config, "cache"):  # -p no:cacheprovider
         return
     folder = config.cache.mkdir("jax")

@@ -164,7 +164,8 @@ def _pytest(folder, files, log):
     os.dup2(output, 1)
     os.dup2(output, 2)
     # Failed ones first: a test that noticed an earlier change of a file notices a later one.
-    os._exit(pytest.main(["-q", "-x", "--ff", "--tb=no", "-m", "not slow", *files]))
+    options = ["-q", "-x", "--ff", "--tb=no", "--unoptimized", "-m", "not slow"]
+    os._exit(pytest.main([*options, *files]))
 
 
 def _noticed(change, changed, folders):

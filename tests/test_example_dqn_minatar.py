@@ -13,7 +13,7 @@ pytest.importorskip("pgx_minatar", reason="the examples' extra is not installed"
 import jax
 import jax.numpy as jnp
 import optax
-from shortened import assert_drawn, example, run
+from shortened import assert_drawn, example, run, run_alone
 
 from rmsprop_jax import interop
 
@@ -121,13 +121,21 @@ def test_it_goes_on_exactly(tmp_path):
         run("dqn_minatar", "--game=freeway", *args, "--resume")
 
 
+# It learns after 400 frames, and by frame 3,000 exploration is over.
+SOON = """
+example.START, example.PERIOD = 400, 100
+example.EPSILON = lambda frame: example.jnp.clip(1 - (frame - 1000) / 2000, 0.1, 1.0)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("short")
-def test_it_learns(dqn_minatar, tmp_path, monkeypatch):
-    """With exploration over by frame 3,000, 6,000 frames bring returns far above the random policy's."""
-    monkeypatch.setattr(dqn_minatar, "EPSILON", lambda frame: jnp.clip(1 - (frame - 1000) / 2000, 0.1, 1.0))
-    run("dqn_minatar", "--frames=6000", "--every=6000", "--seeds=2", "--out", tmp_path)
-    seeds = json.loads((tmp_path / "returns.json").read_text())["episodes"]
+def test_it_learns_prints_and_draws(tmp_path):
+    """6,000 frames bring returns far above the random policy's."""
+    output = run_alone("dqn_minatar", tmp_path, "--frames=6000", "--seeds=2", after=SOON)
+    assert re.search(r"seed 1: \d{3} episodes, mean return of the last 100 \d\.\d+", output)
+    out = tmp_path / "runs" / "dqn_minatar"
+    assert_drawn(out / "dqn_minatar.png")
+    seeds = json.loads((out / "returns.json").read_text())["episodes"]
     ends, scores = np.concatenate([np.array(episodes) for episodes in seeds]).T
     # 0.5 and 2.6, the means of some 180 and 120 episodes.
     assert scores[ends > 4000].mean() > scores[ends <= 1000].mean() + 1
