@@ -16,9 +16,7 @@ LONGEST = ("test_sharding.py", "test_multi_process.py", "test_examples.py")
 
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, help="of a test with more parameters the first ones and the last")
-    parser.addoption(
-        "--unoptimized", action="store_true", help="compile in half the time, for slower programs"
-    )
+    parser.addoption("--unoptimized", action="store_true", help="compile in half the time, to slower code")
 
 
 def pytest_configure(config):
