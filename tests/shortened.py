@@ -28,11 +28,11 @@ def copied(name, folder):
     return folder / f"{name}.py"
 
 
-def run_alone(name, folder, *args, after=""):
-    """What the example prints there, in a process of its own, without warnings; `after` changes its module."""
+def run_alone(name, folder, *args, change=""):
+    """What the example prints there, in a process of its own, without warnings; `change` is made in it first."""
     command = [sys.executable, copied(name, folder).name, *map(str, args)]
-    if after:
-        command[1:2] = ["-c", f"import {name} as example\n{after}\nexample.main()"]
+    if change:
+        command[1:2] = ["-c", f"import {name} as example\n{change}\nexample.main()"]
     env = os.environ | AS_USERS | {"PYTHONPATH": str(ROOT)}  # as if the package were installed
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -131,7 +131,7 @@ example.EPSILON = lambda frame: example.jnp.clip(1 - (frame - 1000) / 2000, 0.1,
 @pytest.mark.slow
 def test_it_learns_prints_and_draws(tmp_path):
     """6,000 frames bring returns far above the random policy's."""
-    output = run_alone("dqn_minatar", tmp_path, "--frames=6000", "--seeds=2", after=SOON)
+    output = run_alone("dqn_minatar", tmp_path, "--frames=6000", "--seeds=2", change=SOON)
     assert re.search(r"seed 1: \d{3} episodes, mean return of the last 100 \d\.\d+", output)
     out = tmp_path / "runs" / "dqn_minatar"
     assert_drawn(out / "dqn_minatar.png")
