@@ -29,7 +29,7 @@ def copied(name, folder):
 
 
 def run_alone(name, folder, *args, change=""):
-    """What the example prints there, in a process of its own, without warnings; `change` is made in it first."""
+    """What the example, with this change, prints there, in a process of its own, without warnings."""
     command = [sys.executable, copied(name, folder).name, *map(str, args)]
     if change:
         command[1:2] = ["-c", f"import {name} as example\n{change}\nexample.main()"]
