@@ -19,14 +19,19 @@ def pytest_addoption(parser):
     parser.addoption("--unoptimized", action="store_true", help="compile in half the time, to slower code")
 
 
+def configure(name, value):
+    """JAX in this process, and in those that tests start."""
+    os.environ.setdefault(name.upper(), str(value))
+    jax.config.update(name, value)
+
+
 def pytest_configure(config):
     """Programs are compiled once for all workers, for the processes that tests start, and for the next run.
 
     `make clean`, or pytest's `--cache-clear`, empties the cache; JAX compiles what another version wrote.
     """
     if config.option.unoptimized:
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # in the processes that tests start, too
-        jax.config.update("jax_disable_most_optimizations", True)
+        configure("jax_disable_most_optimizations", True)
         if jax.__version_info__ < (0, 11, 1):  # XLA has had its older code for CPUs until then
             os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
     if not hasattr(config, "cache"):  # -p no:cacheprovider
@@ -35,12 +40,8 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput") and sum(x.stat().st_size for x in folder.iterdir()) > LARGEST_CACHE:
         for path in folder.iterdir():
             path.unlink()
-    for name, value in (
-        ("jax_compilation_cache_dir", str(folder)),
-        ("jax_persistent_cache_min_compile_time_secs", 0),
-    ):
-        os.environ.setdefault(name.upper(), str(value))
-        jax.config.update(name, value)
+    configure("jax_compilation_cache_dir", str(folder))
+    configure("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_collection_modifyitems(config, items):

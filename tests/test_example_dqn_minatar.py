@@ -95,11 +95,14 @@ def test_an_update_is_pytorchs(dqn_minatar):
         assert np.abs(p - p0).max() > 1e-4
 
 
+# It learns after 400 frames, and the target network follows every 100.
+SHORT = {"START": 400, "PERIOD": 100}
+
+
 @pytest.fixture
 def short(dqn_minatar, monkeypatch):
-    """It learns after 400 frames, and the target network follows every 100."""
-    monkeypatch.setattr(dqn_minatar, "START", 400)
-    monkeypatch.setattr(dqn_minatar, "PERIOD", 100)
+    for name, value in SHORT.items():
+        monkeypatch.setattr(dqn_minatar, name, value)
 
 
 @pytest.mark.slow
@@ -121,9 +124,9 @@ def test_it_goes_on_exactly(tmp_path):
         run("dqn_minatar", "--game=freeway", *args, "--resume")
 
 
-# It learns after 400 frames, and by frame 3,000 exploration is over.
-SOON = """
-example.START, example.PERIOD = 400, 100
+# By frame 3,000 exploration is over.
+SOON = f"""
+vars(example).update({SHORT})
 example.EPSILON = lambda frame: example.jnp.clip(1 - (frame - 1000) / 2000, 0.1, 1.0)
 """
 

@@ -125,6 +125,14 @@ def test_actor_critic_learns_to_keep_the_pole_up(tmp_path):
 
 
 @pytest.mark.slow
+def test_dqn_minatar_plays(tmp_path):
+    pytest.importorskip("pgx_minatar", reason="the examples' extra is not installed")
+    output = run_alone("dqn_minatar", tmp_path, "--frames=6000")
+    assert re.search(r"seed 0: \d{3} episodes, mean return of the last 100 0\.\d+", output)
+    assert_drawn(tmp_path / "runs" / "dqn_minatar" / "dqn_minatar.png")
+
+
+@pytest.mark.slow
 def test_wgan_covers_all_gaussians(tmp_path):
     output = run_alone("wgan", tmp_path, "--updates=3000")
     shares = numbers(re.search(r"12.5%:(.*)", output)[1])
