@@ -22,19 +22,9 @@ def strict():
         yield
 
 
-def configured(name, value):
-    before = jax.config.values[name]
-    jax.config.update(name, value)
-    yield
-    jax.config.update(name, before)
-
-
-@pytest.fixture
-def optimized():
-    """As users compile, for bits as an earlier version had them: `make test-all` optimizes less."""
-    yield from configured("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def x64():
-    yield from configured("jax_enable_x64", True)
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)

@@ -21,7 +21,6 @@ ALL = [*write.optimizers()]
 VERSIONS = sorted(path.name for path in FOLDER.glob("[0-9]*"))
 TRUTH = {version: dict(np.load(FOLDER / version / "truth.npz")) for version in VERSIONS}
 RELEASED = [(version, name) for version in VERSIONS for name in TRUTH[version]]  # 0.1.0 had no "factored"
-pytestmark = pytest.mark.usefixtures("optimized")
 each_released = pytest.mark.parametrize(("version", "name"), RELEASED)
 each_version = pytest.mark.parametrize("version", VERSIONS)
 
@@ -87,10 +86,9 @@ def test_a_state_goes_on_as_in_its_version(version, name):
         old, new = (map(np.asarray, jax.tree.leaves(tree)) for tree in (pickled(version)[name], state))
         assert {x.tobytes() for x in old if x.ndim} <= {x.tobytes() for x in new}
         return
-    # The same bits on the machine and with the JAX that wrote the files. Other processors and other versions
-    # of XLA round reciprocal roots and fused products differently, and momentum adds up: to 22 with JAX 0.12.
-    wrote_it = jax.__version_info__[:2] == (0, 10)
-    np.testing.assert_array_max_ulp(found, TRUTH[version][name], maxulp=4 if wrote_it else 64)
+    # Processors and versions of XLA round reciprocal roots and fused products differently, which momentum and
+    # centring carry on. A state that is wrong by a thousandth moves these updates by 1e-5 or more.
+    np.testing.assert_allclose(found, TRUTH[version][name], rtol=1.2e-7, atol=1e-7)
 
 
 @each_released
