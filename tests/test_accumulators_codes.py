@@ -37,7 +37,8 @@ def ratios(request):
     txs = [scale_by_rms(request.param, accumulator=name) for name in names]
 
     def step(states, t):
-        states = [tx.update(gradients(t), state)[1] for tx, state in zip(txs, states, strict=True)]
+        g = gradients(t)
+        states = [tx.update(g, state)[1] for tx, state in zip(txs, states, strict=True)]
         exact, *stored = (jnp.sqrt(accumulators.convert(state, "float32").nu) for state in states)
         return states, jnp.stack(stored) / exact
 
