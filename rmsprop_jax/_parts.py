@@ -108,13 +108,7 @@ def trace(decay, nesterov, dtype):
                 )
             stored = new = _traced(g, widen(old), decay)
             if new.dtype != old.dtype:
-                # Leaf ids counted down from 2**32 - 1: nu's ids count up from 0, so the two never share
-                # thresholds.
-                thresholds = rounding.thresholds(new.shape, np.uint32(2**32 - 1) - number, count)
-                stored = rounding.to_dtype(new, old.dtype, thresholds)
-                # The update reads the stored buffer, as it reads stored codes of nu: so nothing reads `old`
-                # any more, which is written in place. Without the order XLA on GPUs keeps a float32 copy.
-                new = ordered_after(stored.astype(new.dtype), jnp.isnan(stored) & (stored > 0))
+                stored, new = _rounded(new, old.dtype, number, count)
             return _traced(g, new, decay) if nesterov else new, stored
 
         steps = list(map(step, grads, buffers, numbers))
@@ -124,10 +118,22 @@ def trace(decay, nesterov, dtype):
     return Transformation(init_fn, update_fn, moves_untouched_rows_by=["momentum"])
 
 
+# Jitted for eager callers: one program for each shape. Inlined under an outer jit.
 @partial(jax.jit, inline=True)
 def _traced(g, buffer, decay):
-    """`optax.trace` of one leaf. Jitted for eager callers; inlined under an outer jit."""
+    """`optax.trace` of one leaf."""
     return optax.trace(decay).update(g, optax.TraceState(buffer))[0]
+
+
+@partial(jax.jit, static_argnums=1, inline=True)
+def _rounded(buffer, dtype, number, count):
+    """A momentum buffer in `dtype`, and the same read back."""
+    # Leaf ids counted down from 2**32 - 1: nu's ids count up from 0, so the two never share thresholds.
+    thresholds = rounding.thresholds(buffer.shape, np.uint32(2**32 - 1) - number, count)
+    stored = rounding.to_dtype(buffer, dtype, thresholds)
+    # The update reads the stored buffer, as it reads stored codes of nu: so nothing reads the old one any
+    # more, which is written in place. Without the order XLA on GPUs keeps a float32 copy.
+    return stored, ordered_after(stored.astype(buffer.dtype), jnp.isnan(stored) & (stored > 0))
 
 
 def decayed_weights(weight_decay, mask=None, learning_rate=None, name="weight_decay"):

@@ -5,6 +5,7 @@ p[indices] <- p[indices] + values   row-sparse: each index as often as it is the
 """
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +78,13 @@ def _seed(key):
     return jax.random.bits(key, (2,), "uint32")
 
 
-# Jitted for eager callers: one dispatch instead of three. Inlined under an outer jit.
+# Jitted for eager callers: one program for each shape. Inlined under an outer jit.
 _add_dense = jax.jit(optax.apply_updates, inline=True)
+
+
+@partial(jax.jit, inline=True)
+def _add_rounded(p, u, where):
+    return _rounded(p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype, where)
 
 
 def _add(path, p, u, where):
@@ -99,7 +105,7 @@ def _add(path, p, u, where):
         )
     if where is None or wide(dtype_of(p)) == dtype_of(p):
         return _add_dense(p, u)
-    return _rounded(p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype, where)
+    return _add_rounded(p, u, where)
 
 
 def _broadcasts(small, large):
@@ -118,6 +124,7 @@ def _add_rows(p, u, where):
     return put(p, u.indices, _rounded(rows, p.dtype, where))
 
 
+@partial(jax.jit, static_argnums=1, inline=True)
 def _rounded(x, dtype, where):
     if where is None:
         return narrow(x, dtype)

@@ -15,11 +15,12 @@ from helpers import (
     compilations,
     compiled_step,
     each,
+    each_accumulator,
     forms,
 )
 
 import rmsprop_jax
-from rmsprop_jax import rmsprop, scale_by_rms, warmup
+from rmsprop_jax import accumulators, apply_updates, diagnostics, rmsprop, scale_by_rms, warmup
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -88,6 +89,39 @@ def test_without_jit_equal_leaves_compile_once():
     assert compiled_for(0.8) == 1  # a number is a constant of the rule
     compiled_for(jnp.float32(0.9))
     assert compiled_for(jnp.float32(0.7)) == 0  # an array, as inject_hyperparams has it, is not
+
+
+MOST = {"init": 3, "update": 5, "apply_updates": 1, "convert": 2, "measure": 2}  # programs for each shape
+
+
+@each_accumulator(accumulators.NAMED)
+def test_without_jit_a_shape_compiles_a_few_programs(accumulator):
+    """Not one for each of the thirty operations that store an accumulator or round to bfloat16."""
+    tx = rmsprop(1e-3, momentum=0.9, momentum_dtype="bfloat16", accumulator=accumulator)
+    other, key = "float32" if accumulator == "uint8" else "uint8", jax.random.key(0)
+
+    def programs(shapes):
+        params = [jnp.ones((rows, 3)) for rows in range(1, shapes + 1)]
+        small, (updates, state) = (
+            optax.tree.cast(params, "bfloat16"),
+            tx.update(params, tx.init(params), params),
+        )
+        calls = {
+            "init": lambda: tx.init(params),
+            "update": lambda: tx.update(params, state, params),
+            "apply_updates": lambda: apply_updates(small, updates, key=key),
+            "convert": lambda: accumulators.convert(state, other),
+            "measure": lambda: diagnostics.measure(params, state, updates, params, tx=tx),
+        }
+        for name, call in calls.items():
+            jax.clear_caches()
+            with compilations() as events:
+                call()
+            yield name, len(events)
+
+    one, three = dict(programs(1)), dict(programs(3))
+    for name, most in MOST.items():
+        assert three[name] - one[name] <= 2 * most, name
 
 
 def test_equal_leaves_are_lowered_once():

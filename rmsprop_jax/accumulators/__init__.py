@@ -50,8 +50,10 @@ from rmsprop_jax.accumulators._base import (
     Float32,
     Stored,
     Thresholds,
+    from_stored,
     nu_of,
     thresholds_of,
+    to_stored,
 )
 from rmsprop_jax.accumulators._codes import Bfloat16, Codes, Uint8
 from rmsprop_jax.accumulators._factored import Factored
@@ -118,7 +120,7 @@ def convert(state: SameTree, accumulator: "Name | str | Accumulator") -> SameTre
         check_centered(target, node.mu is not None)
         numbers = decoded(node)
         leaves = enumerate(jax.tree.leaves(numbers))
-        new = [target.store(nu, thresholds_of(leaf, node.count)) for leaf, nu in leaves]
+        new = [to_stored(target, nu, thresholds_of(leaf, node.count)) for leaf, nu in leaves]
         return node._replace(nu=nu_of(target, [numbers] * (len(target.parts) or 1), new))
 
     return map_rms_states(converted, state)
@@ -209,7 +211,8 @@ def decoded(state: Any) -> Any:
         return state.nu
     trees = accumulator.trees(state.nu) or ()
     stored = zip(*map(jax.tree.leaves, trees), strict=True)
-    return jax.tree.unflatten(jax.tree.structure(trees[0]), map(accumulator.read, stored))
+    numbers = [from_stored(accumulator, of_leaf) for of_leaf in stored]
+    return jax.tree.unflatten(jax.tree.structure(trees[0]), numbers)
 
 
 def with_numbers(state: Any, numbers: Any, count: jax.typing.ArrayLike) -> Any:
@@ -225,7 +228,7 @@ def with_numbers(state: Any, numbers: Any, count: jax.typing.ArrayLike) -> Any:
     new = list(zip(*map(jax.tree.leaves, trees), strict=True))
     for leaf, nu in enumerate(jax.tree.leaves(numbers, is_leaf=is_none)):
         if nu is not None:
-            new[leaf] = accumulator.store(nu, thresholds_of(leaf, count))
+            new[leaf] = to_stored(accumulator, nu, thresholds_of(leaf, count))
     return state._replace(nu=nu_of(accumulator, trees, new))
 
 

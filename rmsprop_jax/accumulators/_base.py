@@ -71,7 +71,7 @@ class Accumulator(ABC):
         thresholds: Thresholds,
     ) -> Stored:
         """`value` everywhere, stored for a parameter and sharded like it, without a whole array anywhere."""
-        return self.store(full_like(param, value, dtype), thresholds)
+        return to_stored(self, full_like(param, value, dtype), thresholds)
 
     def average(
         self,
@@ -155,8 +155,26 @@ def at_least(x: jax.Array, least: jax.Array) -> jax.Array:
 
 
 def thresholds_of(leaf: jax.typing.ArrayLike, count: jax.typing.ArrayLike) -> Thresholds:
-    """The thresholds of a leaf at a step."""
-    return partial(rounding.thresholds, leaf=leaf, count=count)
+    """The thresholds of a leaf at a step: a function, and a pytree of these two numbers."""
+    return jax.tree_util.Partial(rounding.thresholds, leaf=leaf, count=count)
+
+
+def to_stored(accumulator: Accumulator, nu: jax.Array, thresholds: Thresholds) -> Stored:
+    """`accumulator.store` of thresholds from `thresholds_of`, as one program for eager callers."""
+    return _rounded(accumulator, nu, thresholds) if accumulator.rounds else accumulator.store(nu, thresholds)
+
+
+# Some thirty operations: jitted, an eager `init` or `convert` compiles one program for each shape. Inlined
+# under an outer jit, as is the next.
+@partial(jax.jit, static_argnums=0, inline=True)
+def _rounded(accumulator, nu, thresholds):
+    return accumulator.store(nu, thresholds)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def from_stored(accumulator: Accumulator, stored: Stored) -> jax.Array:
+    """`accumulator.read`."""
+    return accumulator.read(stored)
 
 
 def nu_of(accumulator: Accumulator, trees: Iterable[Any], stored: Sequence[Any]) -> Any:

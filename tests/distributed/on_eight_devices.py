@@ -296,5 +296,5 @@ def test_inside_shard_map_with_varying_axes_checked(name, made):
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=rounding),
         jax.jit(inside)(params, state),
-        two_steps(params, state),
+        jax.jit(two_steps)(params, state),
     )
