@@ -139,7 +139,7 @@ def test_the_steps_are_those_of_optax(shape):
     """`optax.scale_by_factored_rms`, which has no bound: where nu is above what the gradient adds to it."""
     theirs = optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=2, epsilon=1e-30)
     params = jnp.zeros(shape)
-    their_state, state = theirs.init(params), factored().init(params)
+    their_state, state = jax.jit(theirs.init)(params), factored().init(params)
     compared = 0
     for t, g in enumerate(gradients(shape, 6), start=1):
         decay, g = 1 - t**-0.8, jnp.asarray(g, jnp.float32)
@@ -148,9 +148,12 @@ def test_the_steps_are_those_of_optax(shape):
         for ours, axis in zip(means(state), accumulators.Factored(2).over(shape), strict=True):
             mean = their_state.v_row if axis == np.argmax(shape) else their_state.v_col
             np.testing.assert_allclose(ours.ravel(), mean.ravel(), rtol=2e-6)
-        free = accumulators.convert(state, "float32").nu > 1.001 * (1 - decay) * g**2
+        free = (
+            np.asarray(accumulators.convert(state, "float32").nu) > 1.001 * (1 - decay) * np.asarray(g) ** 2
+        )
+        updates, expected = np.asarray(updates), np.asarray(expected)
         np.testing.assert_allclose(updates[free], expected[free], rtol=4e-6)
-        assert jnp.all(jnp.abs(updates) <= jnp.abs(expected) * (1 + 4e-6))
+        assert np.all(np.abs(updates) <= np.abs(expected) * (1 + 4e-6))
         compared += free.sum()
     assert compared > 0.7 * 6 * params.size
 
