@@ -39,10 +39,10 @@ SECONDS = 600  # for the tests of one change, then they count as failed: a loop 
 # The tests of each file, the most telling ones first.
 TESTS = {
     "_division": "transform derivatives rounding factored composition",
-    "_parts": "optimizer drop_in every_factory rows_refusals composition derivatives",
-    "_rule": "transform derivatives accumulators_step compiled composition",
+    "_parts": "optimizer drop_in every_factory rows_refusals composition derivatives compiled",
+    "_rule": "transform derivatives accumulators_step compiled composition diagnostics_settings",
     "accumulators/__init__": "accumulators_state adding factored_state",
-    "accumulators/_base": "accumulators_step transform adding accumulators_state derivatives",
+    "accumulators/_base": "accumulators_step transform adding accumulators_state derivatives compiled",
     "accumulators/_codes": "accumulators_codes accumulators_step derivatives accumulators_state",
     "accumulators/_factored": "factored factored_state accumulators_state",
     "diagnostics/_figures": "diagnostics_measure diagnostics_watch diagnostics_inside_jax",
@@ -75,7 +75,7 @@ TESTS = {
     "sharding": "sharding",
     "transform": "transform_refusals transform accumulators_state drop_in every_factory composition "
     "factored_state sharding",
-    "updates": "updates rows_gradients rows_exact",
+    "updates": "updates rows_gradients rows_exact compiled",
 }
 
 

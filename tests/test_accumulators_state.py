@@ -230,7 +230,9 @@ def test_the_learning_rate_before_or_after_the_buffer_goes_with_the_state():
             used.update(g, made.init(g))
 
 
-@pytest.mark.parametrize("bad", ["int8", None, Float16Root, 3.0, jnp.uint8])
+@pytest.mark.parametrize(
+    "bad", ["int8", "uint8(x)", "uint8(-400)", "uint8(1, 2)", None, Float16Root, 3.0, jnp.uint8]
+)
 def test_what_is_no_accumulator_is_refused(bad):
     for use in (lambda: rmsprop(1e-3, accumulator=bad), lambda: accumulators.convert((), bad)):
         with pytest.raises(ValueError, match="Invalid accumulator"):

@@ -1,7 +1,7 @@
 """What CONTRIBUTING.md promises: a convention, an accumulator, a diagnostic: ten lines in one place each."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -52,6 +52,19 @@ def test_an_accumulator_of_codes(monkeypatch):
     np.testing.assert_allclose(optax.tree.get(theirs, "nu")["w"], 0.4, rtol=2e-3)
     with pytest.raises(ValueError, match=r"'Float16Root\(\)' stores its nu.*accumulator='uint8'"):
         rmsprop(0.1, accumulator="uint8").update(g, state)
+
+
+def test_of_classes_of_one_name_the_newest_that_takes_the_values_is_meant():
+    """As of a cell of a notebook that was changed and run again."""
+
+    def power(*values):
+        return make_dataclass("Power", [(name, int) for name in values], bases=(Float16Root,), frozen=True)
+
+    older, newer, other = power("root"), power("root"), power("root", "offset")
+    for name, expected in {"Power(3)": newer, "Power(3, 4)": other}.items():
+        found = accumulators.resolve(name)
+        assert (type(found), found.name) == (expected, name)
+    assert issubclass(older, Float16Root)
 
 
 @dataclass(frozen=True)

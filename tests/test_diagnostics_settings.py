@@ -1,5 +1,6 @@
 """`Settings`: what an optimizer is, read from it by `watch` and `measure`, or given for one of Optax."""
 
+import dataclasses
 from functools import partial
 
 import chex
@@ -71,8 +72,10 @@ def test_settings_are_checked_where_they_are_built(arguments, message):
 
 
 def test_settings_are_a_tree_of_their_arrays():
-    """Numbers are its structure. Whatever JAX puts in an array's place is not checked."""
+    """Numbers are its structure, which does not change. What JAX puts in an array's place is not checked."""
     numbers, arrays = Settings(0.9), Settings(jnp.float32(0.9), jnp.float32(1e-8))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        numbers.decay = 0.99
     assert jax.tree.leaves(numbers) == []
     assert jax.tree.structure(numbers) == jax.tree.structure(Settings(0.9))
     assert jax.tree.structure(numbers) != jax.tree.structure(Settings(0.99))

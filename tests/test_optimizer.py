@@ -99,8 +99,9 @@ def test_weight_decay_is_that_of_adamw():
 def test_parameters_are_needed_for_weight_decay_alone():
     grads = jnp.ones(2)
     for momentum in (None, 0.9):
-        tx = rmsprop(0.1, momentum=momentum)
-        tx.update(grads, tx.init(grads))
+        for none in (None, 0, 0.0):
+            tx = rmsprop(0.1, momentum=momentum, weight_decay=none)
+            tx.update(grads, tx.init(grads))
         tx = rmsprop(0.1, momentum=momentum, weight_decay=0.1)
         with pytest.raises(ValueError, match="params"):
             tx.update(grads, tx.init(grads))
