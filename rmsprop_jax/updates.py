@@ -124,7 +124,6 @@ def _add_rows(p, u, where):
     return put(p, u.indices, _rounded(rows, p.dtype, where))
 
 
-@partial(jax.jit, static_argnums=1, inline=True)
 def _rounded(x, dtype, where):
     if where is None:
         return narrow(x, dtype)

@@ -194,6 +194,23 @@ def test_a_state_of_another_accumulator_is_refused(made, used):
     np.testing.assert_allclose(updates["w"], -2 / np.sqrt(0.9 * 0.4 + 0.4), rtol=0.15)
 
 
+def test_a_state_with_other_parts_is_refused():
+    g = {"w": jnp.ones((128, 128))}
+    tx = scale_by_rms(accumulator="factored")
+    state = tx.init(g)
+    parts = state.nu["factored"]
+    for others in ({"row_mean": parts["row_mean"]}, {**parts, "third": parts["row_mean"]}):
+        with pytest.raises(ValueError, match="Invalid state"):
+            tx.update(g, state._replace(nu={"factored": others}))
+
+
+def test_a_state_without_parameters_is_converted_too():
+    state = scale_by_rms().init({})
+    small = accumulators.convert(state, "uint8")
+    assert small.nu == {"uint8": {}}
+    assert accumulators.convert(small, "float32").nu == {}
+
+
 @pytest.mark.parametrize("part", ["nu", "mu", "trace"])
 def test_a_state_that_was_cast_is_refused(part):
     """As a checkpoint that was restored in bfloat16: rounded to nearest, it would stall."""

@@ -54,6 +54,15 @@ def test_an_accumulator_of_codes(monkeypatch):
         rmsprop(0.1, accumulator="uint8").update(g, state)
 
 
+@pytest.mark.parametrize("methods", [("store", "read"), ("encode", "decode")])
+def test_an_accumulator_needs_both_methods(methods):
+    base = accumulators.Accumulator if "read" in methods else accumulators.Codes
+    for one, other in (methods, methods[::-1]):
+        half = type("Half", (base,), {one: lambda self, *args: args})
+        with pytest.raises(TypeError, match=other):
+            half()
+
+
 def test_of_classes_of_one_name_the_newest_that_takes_the_values_is_meant():
     """As of a cell of a notebook that was changed and run again."""
 

@@ -131,12 +131,15 @@ def test_a_key_changes_nothing_in_wide_parameters_and_rounds_each_leaf_by_itself
         "b": jnp.ones(1000, jnp.bfloat16),
         "c": jnp.ones(3),
         "d": None,
+        "e": jnp.full(3, 1j),
     }
-    updates = {"a": jnp.full(1000, 1e-3), "b": jnp.full(1000, 1e-3), "c": jnp.full(3, 1e-3), "d": None}
+    updates = jax.tree.map(lambda p: jnp.full(p.shape, 1e-3), params)
     new = apply_updates(params, updates, key=key)
-    chex.assert_trees_all_equal(new["c"], optax.apply_updates(params["c"], updates["c"]))
+    for wide in "ce":
+        chex.assert_trees_all_equal(new[wide], optax.apply_updates(params[wide], updates[wide]))
     assert jnp.mean(new["a"] == new["b"]) < 0.9
     chex.assert_trees_all_equal(new, apply_updates(params, updates, key=key))
+    chex.assert_trees_all_equal(new, apply_updates(params, updates, key=jax.random.key_data(key)))
     other = apply_updates(params, updates, key=jax.random.key(2))
     assert jnp.mean(new["a"] == other["a"]) < 0.9
 
