@@ -22,9 +22,19 @@ def strict():
         yield
 
 
+def configured(name, value):
+    before = jax.config.values[name]
+    jax.config.update(name, value)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.fixture
+def optimized():
+    """As users compile, for sums to 1e-6: `make test-all` optimizes less."""
+    yield from configured("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def x64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+    yield from configured("jax_enable_x64", True)
